@@ -1,0 +1,1 @@
+"""Qiusuo (求索): the whole DeepSeek recipe in one package."""

@@ -1,0 +1,1 @@
+"""The run folder: log, report, model card."""
