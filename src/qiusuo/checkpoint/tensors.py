@@ -1,0 +1,60 @@
+"""The names and shapes tensors have on disk, against those they have in memory.
+
+Two things differ, and only here. A checkpoint stores every routed expert's three matrices apart,
+memory holds all experts of a layer as two stacked tensors. And a checkpoint repeats the embedding
+and the head inside each MTP layer (vLLM's loader reads them there), memory holds them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qiusuo.model.config import ModelConfig
+from qiusuo.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one tensor of a checkpoint lives in memory: ``state[name][index]``."""
+
+    name: str
+    index: tuple[int | slice, ...] = ()
+
+    def of(self, state: dict[str, Tensor]) -> Tensor:
+        return state[self.name][self.index] if self.index else state[self.name]
+
+
+def disk_layout(config: ModelConfig, state: dict[str, Tensor]) -> Iterator[tuple[str, Part]]:
+    """(name on disk, place in memory) for every tensor of a checkpoint but the MTP copies."""
+    width = config.moe_intermediate_size
+    for name in state:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        base, _, stacked = name.rpartition(".experts.")
+        if stacked not in ("gate_up_proj", "down_proj"):
+            yield name, Part(name)
+            continue
+        for expert in range(config.n_routed_experts):
+            prefix = f"{base}.experts.{expert}"
+            if stacked == "down_proj":
+                yield f"{prefix}.down_proj.weight", Part(name, (expert,))
+            else:
+                yield f"{prefix}.gate_proj.weight", Part(name, (expert, slice(0, width)))
+                yield f"{prefix}.up_proj.weight", Part(name, (expert, slice(width, None)))
+
+
+def mtp_copies(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(name of the copy inside an MTP layer, name of what it repeats)."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    for depth in range(config.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + depth}"
+        yield f"{prefix}.embed_tokens.weight", "model.embed_tokens.weight"
+        yield f"{prefix}.shared_head.head.weight", head
+
+
+def memory_state(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,93 @@
+"""Softmax attention with queries and keys wider than values, as MLA makes them.
+
+PyTorch's fused CPU kernel falls off its fast path when the widths differ, and its bf16 backward
+is slow. Up to a few hundred tokens, plain matrix products per block of queries are faster: they
+run at the machine's bf16 rate, and a block never looks past its own last token. Longer sequences
+go through the fused kernel with the values padded to the keys' width, so that memory stays linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# B batch, H heads, T queries, S keys, E query/key width, V value width.
+
+QUERY_BLOCK = 128
+LONGEST_PLAIN = 1024
+
+
+def attention_reference(
+    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None = None
+) -> Tensor:
+    """The equation in float32. ``mask``: true where a query may look; None means causal, with the
+    last query on the last key."""
+    scores_BHTS = q_BHTE.float() @ k_BHSE.float().transpose(-1, -2) * scale
+    if mask_BTS is None:
+        mask_BTS = causal_mask(q_BHTE.shape[-2], k_BHSE.shape[-2], q_BHTE.device)[None]
+    scores_BHTS = scores_BHTS.masked_fill(~mask_BTS[:, None], float("-inf"))
+    return (scores_BHTS.softmax(-1) @ v_BHSV.float()).to(v_BHSV.dtype)
+
+
+def attention(
+    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None = None
+) -> Tensor:
+    """As ``attention_reference`` [B, H, T, V], by the faster way for this device and length."""
+    queries, keys = q_BHTE.shape[-2], k_BHSE.shape[-2]
+    if q_BHTE.device.type != "cpu" or keys > LONGEST_PLAIN:
+        return _fused(q_BHTE, k_BHSE, v_BHSV, scale, mask_BTS)
+    blocks = []
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        seen = keys - queries + stop if mask_BTS is None else keys
+        blocks.append(
+            _plain(
+                q_BHTE[:, :, start:stop],
+                k_BHSE[:, :, :seen],
+                v_BHSV[:, :, :seen],
+                scale,
+                None if mask_BTS is None else mask_BTS[:, start:stop],
+            )
+        )
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[T, S], true where a query may look; the last query stands on the last key."""
+    ones_TS = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return ones_TS.tril(keys - queries)
+
+
+def _plain(
+    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None
+) -> Tensor:
+    scores_BHTS = (q_BHTE * scale) @ k_BHSE.transpose(-1, -2)
+    if mask_BTS is None:
+        mask_BTS = causal_mask(q_BHTE.shape[-2], k_BHSE.shape[-2], q_BHTE.device)[None]
+    hidden_BTS = torch.zeros_like(mask_BTS, dtype=scores_BHTS.dtype)
+    hidden_BTS = hidden_BTS.masked_fill_(~mask_BTS, float("-inf"))
+    return (scores_BHTS + hidden_BTS[:, None]).softmax(-1, dtype=scores_BHTS.dtype) @ v_BHSV
+
+
+def _fused(
+    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None
+) -> Tensor:
+    width, value_width = q_BHTE.shape[-1], v_BHSV.shape[-1]
+    if value_width < width:
+        v_BHSV = F.pad(v_BHSV, (0, width - value_width))
+    elif value_width > width:
+        q_BHTE = F.pad(q_BHTE, (0, value_width - width))
+        k_BHSE = F.pad(k_BHSE, (0, value_width - width))
+    whole = mask_BTS is None and q_BHTE.shape[-2] == k_BHSE.shape[-2]
+    if mask_BTS is None and not whole:
+        mask_BTS = causal_mask(q_BHTE.shape[-2], k_BHSE.shape[-2], q_BHTE.device)[None]
+    out_BHTE = F.scaled_dot_product_attention(
+        q_BHTE,
+        k_BHSE,
+        v_BHSV,
+        attn_mask=None if mask_BTS is None else mask_BTS[:, None],
+        is_causal=whole,
+        scale=scale,
+    )
+    return out_BHTE[..., :value_width]

@@ -1,0 +1,35 @@
+"""The small parts every block is made of: RMSNorm and the SwiGLU network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qiusuo.kernels.norm import rms_norm
+
+# B batch, T tokens, D hidden, F intermediate.
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate x) · up x), without biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out_BTD

@@ -1,0 +1,128 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 §2.1).
+
+A token leaves behind one small *latent* (``kv_lora_rank`` numbers) and one rotary key shared by
+all heads. The keys and values of every head are linear images of the latent. Two forms compute
+the same attention:
+
+- **expanded**: make every head's keys and values, then attend as usual. Least arithmetic where
+  many queries look at the same keys: training and prefill.
+- **absorbed**: move a head's key matrix onto its query and its value matrix behind the softmax, and
+  attend to the latents themselves. Nothing is expanded, so decoding reads 576 numbers per token
+  and layer in V3 where keys and values would be 40,960.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qiusuo.kernels.attention import attention
+from qiusuo.model.config import ModelConfig
+from qiusuo.model.layers import RMSNorm
+from qiusuo.model.rope import rotate
+
+# B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
+# N nope width, R rope width, C latent width (kv_lora_rank), V value width, P = R/2.
+
+LATENT_NORM_EPS = 1e-6  # released code fixes it for these two norms, whatever the config says
+
+
+class LatentStore(Protocol):
+    """One layer's share of a cache: takes the new tokens' latents, gives back all of them."""
+
+    def append(self, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class MultiHeadLatentAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.latent, self.value = config.kv_lora_rank, config.v_head_dim
+        self.scale = config.softmax_scale
+        query_width = self.heads * config.qk_head_dim
+        self.low_rank_query = config.q_lora_rank is not None
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.cache_width, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        turns_BTP: Tensor,
+        mask_BTS: Tensor | None = None,
+        store: LatentStore | None = None,
+        absorbed: bool = False,
+    ) -> Tensor:
+        """``turns``: RoPE of the new tokens' positions. ``mask``: true where a token may look, None
+        for causal. With a ``store`` the tokens it already holds are seen too."""
+        q_nope_BTHN, q_rope_BTHR = self.queries(x_BTD, turns_BTP)
+        latent_BSC, k_rope_BSR = self.latents(x_BTD, turns_BTP)
+        if store is not None:
+            latent_BSC, k_rope_BSR = store.append(latent_BSC, k_rope_BSR)
+        attend = self.attend_absorbed if absorbed else self.attend_expanded
+        out_BTHV = attend(q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS)
+        out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
+        return out_BTD
+
+    def queries(self, x_BTD: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
+        if self.low_rank_query:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        else:
+            q = self.q_proj(x_BTD)
+        q_BTHE = q.unflatten(-1, (self.heads, self.nope + self.rope))
+        q_nope_BTHN, q_rope_BTHR = q_BTHE.split((self.nope, self.rope), dim=-1)
+        return q_nope_BTHN, rotate(q_rope_BTHR, turns_BTP)
+
+    def latents(self, x_BTD: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of each token: normed latent [B,T,C], turned rope key [B,T,R]."""
+        both = self.kv_a_proj_with_mqa(x_BTD)
+        latent_BTC, k_rope_BTR = both.split((self.latent, self.rope), dim=-1)
+        k_rope_BTR = rotate(k_rope_BTR[:, :, None], turns_BTP)[:, :, 0]
+        return self.kv_a_layernorm(latent_BTC), k_rope_BTR
+
+    def attend_expanded(
+        self,
+        q_nope_BTHN: Tensor,
+        q_rope_BTHR: Tensor,
+        latent_BSC: Tensor,
+        k_rope_BSR: Tensor,
+        mask_BTS: Tensor | None,
+    ) -> Tensor:
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
+        k_nope_BSHN, v_BSHV = kv_BSHX.split((self.nope, self.value), dim=-1)
+        k_rope_BSHR = k_rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
+        q_BHTE = torch.cat((q_nope_BTHN, q_rope_BTHR), -1).transpose(1, 2)
+        k_BHSE = torch.cat((k_nope_BSHN, k_rope_BSHR), -1).transpose(1, 2)
+        v_BHSV = v_BSHV.transpose(1, 2)
+        return attention(q_BHTE, k_BHSE, v_BHSV, self.scale, mask_BTS).transpose(1, 2)
+
+    def attend_absorbed(
+        self,
+        q_nope_BTHN: Tensor,
+        q_rope_BTHR: Tensor,
+        latent_BSC: Tensor,
+        k_rope_BSR: Tensor,
+        mask_BTS: Tensor | None,
+    ) -> Tensor:
+        """All heads look at the same keys [latent; rope] and the same values [latent]."""
+        to_key_HNC, to_value_HVC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
+            (self.nope, self.value), dim=1
+        )
+        q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, to_key_HNC)
+        q_BHTE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1).transpose(1, 2)
+        k_B1SE = torch.cat((latent_BSC, k_rope_BSR), -1)[:, None]
+        heads = (-1, self.heads, -1, -1)
+        out_BHTC = attention(
+            q_BHTE, k_B1SE.expand(heads), latent_BSC[:, None].expand(heads), self.scale, mask_BTS
+        )
+        return torch.einsum("bhtc,hvc->bthv", out_BHTC, to_value_HVC)

@@ -1,0 +1,188 @@
+"""The whole network: embedding, blocks, norm and head, with multi-token prediction behind them.
+
+Modules and parameters carry Hugging Face's names, so a checkpoint of DeepSeek's is a state dict of
+ours. MTP modules are layers too: number ``num_hidden_layers + k`` predicts the token k+2 ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qiusuo.model.config import ModelConfig
+from qiusuo.model.layers import MLP, RMSNorm
+from qiusuo.model.mla import LatentStore, MultiHeadLatentAttention
+from qiusuo.model.moe import MoE, Router, Routing
+from qiusuo.model.rope import rotations
+
+# B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs.
+
+
+class Hidden(NamedTuple):
+    """Hidden states, ready for the head, and every MoE layer's routing on the way."""
+
+    x_BTD: Tensor
+    routings: dict[int, Routing]  # by layer number
+
+
+class Context(NamedTuple):
+    """What all blocks of one pass share."""
+
+    turns_BTP: Tensor
+    mask_BTS: Tensor | None
+    store: Callable[[int], LatentStore] | None  # by layer number
+    absorbed: bool
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_attn = MultiHeadLatentAttention(config)
+        if config.is_moe_layer(layer):
+            self.mlp: MLP | MoE = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
+        store = context.store(self.layer) if context.store is not None else None
+        x_BTD = x_BTD + self.self_attn(
+            self.input_layernorm(x_BTD),
+            context.turns_BTP,
+            context.mask_BTS,
+            store,
+            context.absorbed,
+        )
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            out_BTD, routing = self.mlp(normed_BTD)
+            return x_BTD + out_BTD, routing
+        return x_BTD + self.mlp(normed_BTD), None
+
+
+class SharedHead(nn.Module):
+    """An MTP module's own norm; the head itself is the main model's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MTPBlock(Block):
+    """One MTP module (V3 §2.2): joins a hidden state with the next token's embedding.
+
+    h' = block(eh_proj([enorm(embedding); hnorm(h)])), then its own norm. Released checkpoints put
+    the embedding first, the reverse of the paper's eq. 21, and take h after the main model's norm.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = SharedHead(config)
+
+    def predict(
+        self, embedding_BTD: Tensor, hidden_BTD: Tensor, context: Context
+    ) -> tuple[Tensor, Routing | None]:
+        joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1)
+        x_BTD, routing = self(self.eh_proj(joined), context)
+        return self.shared_head.norm(x_BTD), routing
+
+
+class Decoder(nn.Module):
+    """``model`` of a checkpoint. Layers from ``num_hidden_layers`` on are MTP modules."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        main = [Block(config, layer) for layer in range(config.num_hidden_layers)]
+        mtp = [
+            MTPBlock(config, config.num_hidden_layers + depth)
+            for depth in range(config.num_nextn_predict_layers)
+        ]
+        self.layers = nn.ModuleList([*main, *mtp])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V2/V3 language model. ``forward`` gives hidden states; ``logits`` the head's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        mask_BTS: Tensor | None = None,
+        store: Callable[[int], LatentStore] | None = None,
+        absorbed: bool = False,
+    ) -> Hidden:
+        """Hidden states after the final norm. Without ``positions`` tokens count from 0; without
+        ``mask`` every token sees itself and all before it."""
+        context = self.context(tokens_BT, positions_BT, mask_BTS, store, absorbed)
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        routings: dict[int, Routing] = {}
+        for block in self.model.layers[: self.config.num_hidden_layers]:
+            x_BTD, routing = block(x_BTD, context)
+            if routing is not None:
+                routings[block.layer] = routing
+        return Hidden(self.model.norm(x_BTD), routings)
+
+    def predict_ahead(
+        self, hidden_BTD: Tensor, next_tokens_BT: Tensor, depth: int, context: Context
+    ) -> Hidden:
+        """MTP module ``depth`` (from 0): from the states that predicted ``next_tokens`` to states
+        that predict the tokens after those. Chain depth by depth with what the last one gave."""
+        block = self.model.layers[self.config.num_hidden_layers + depth]
+        embedding_BTD = self.model.embed_tokens(next_tokens_BT)
+        x_BTD, routing = block.predict(embedding_BTD, hidden_BTD, context)
+        return Hidden(x_BTD, {} if routing is None else {block.layer: routing})
+
+    def context(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        mask_BTS: Tensor | None = None,
+        store: Callable[[int], LatentStore] | None = None,
+        absorbed: bool = False,
+    ) -> Context:
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        return Context(rotations(self.config, positions_BT), mask_BTS, store, absorbed)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Float32 logits [B, T, W] of hidden states."""
+        out_BTW: Tensor = self.lm_head(x_BTD).float()
+        return out_BTW
+
+    def routers(self) -> dict[int, Router]:
+        """Every MoE layer's router by layer number, MTP modules' too."""
+        return {
+            block.layer: block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)
+        }
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: normal with ``initializer_range``; norms one, router biases zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        for router in self.routers().values():
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.zero_()
