@@ -1,0 +1,169 @@
+"""Expanded and absorbed attention, whole and in pieces, alone and packed: one function."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qiusuo.engine.cache import LatentCache
+from qiusuo.model.transformer import Transformer
+from tests.model.shapes import VARIANTS, tiny_model
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(97, (3, 29), generator=torch.Generator().manual_seed(5))
+
+
+def in_pieces(
+    model: Transformer, tokens_BT: torch.Tensor, pieces: list[tuple[int, bool]]
+) -> torch.Tensor:
+    """Hidden states when the cache is filled piece by piece: (tokens, absorbed) each."""
+    cache = LatentCache(model.config, len(tokens_BT), tokens_BT.shape[1], torch.float32, CPU)
+    out = []
+    for length, absorbed in pieces:
+        start, stop = cache.length, cache.length + length
+        positions_BT = torch.arange(start, stop).expand(len(tokens_BT), -1)
+        piece = model(tokens_BT[:, start:stop], positions_BT, store=cache.layer, absorbed=absorbed)
+        out.append(piece.x_BTD)
+        cache.advance(length)
+    assert cache.length == tokens_BT.shape[1]
+    return torch.cat(out, dim=1)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_absorbed_is_expanded(changes):
+    model = tiny_model(**changes)
+    expanded, absorbed = model(TOKENS), model(TOKENS, absorbed=True)
+    assert_close(absorbed.x_BTD, expanded.x_BTD)
+    assert not torch.equal(absorbed.x_BTD, expanded.x_BTD)  # it was another way
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_prefill_and_decode_through_the_cache_is_one_pass(changes):
+    model = tiny_model(**changes)
+    pieces = [(17, False), *[(1, True)] * 12]
+    assert_close(in_pieces(model, TOKENS, pieces), model(TOKENS).x_BTD)
+
+
+@given(st.data())
+@settings(max_examples=15)
+@torch.no_grad()
+def test_any_pieces_in_any_form(data):
+    model, left, pieces = tiny_model(num_hidden_layers=2), 29, []
+    while left:
+        pieces.append((data.draw(st.integers(1, left)), data.draw(st.booleans())))
+        left -= pieces[-1][0]
+    assert_close(in_pieces(model, TOKENS, pieces), model(TOKENS).x_BTD)
+
+
+@torch.no_grad()
+def test_the_cache_keeps_latent_and_rope_key_only():
+    model = tiny_model()
+    cache = LatentCache(model.config, 3, 40, torch.float32, CPU)
+    assert cache.entries_LBSX.shape == (3, 3, 40, 16 + 8)
+    marker = 1234.5
+    cache.entries_LBSX.fill_(marker)
+    model(TOKENS, store=cache.layer)
+    assert not (cache.entries_LBSX[:, :, :29] == marker).any()
+    assert (cache.entries_LBSX[:, :, 29:] == marker).all()
+
+
+@torch.no_grad()
+def test_keep_goes_on_with_the_rows_named():
+    model = tiny_model()
+    cache = LatentCache(model.config, 3, 29, torch.float32, CPU)
+    model(TOKENS[:, :20], store=cache.layer)
+    cache.advance(20)
+    rows = torch.tensor([2, 0])
+    cache.keep(rows)
+    last = model(TOKENS[rows, 20:21], torch.full((2, 1), 20), store=cache.layer, absorbed=True)
+    assert_close(last.x_BTD[:, 0], model(TOKENS[rows, :21]).x_BTD[:, -1])
+
+
+# -- documents ----------------------------------------------------------------------------------
+
+
+def documents_mask(lengths: list[int]) -> torch.Tensor:
+    document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    same_TT = document_T[:, None] == document_T
+    return (same_TT & torch.ones_like(same_TT).tril())[None]
+
+
+@pytest.mark.parametrize("name", ["v3", "v3-negative-biases", "v2-lite"])
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(name):
+    model = tiny_model(**VARIANTS[name])
+    mask, positions = documents_mask([11, 18]), torch.tensor([[*range(11), *range(18)]])
+    packed = model(TOKENS[:1], positions, mask).x_BTD
+    other = TOKENS[:1].clone()
+    other[:, :11] = (other[:, :11] + 1) % 97
+    changed = model(other, positions, mask).x_BTD
+    assert_close(changed[:, 11:], packed[:, 11:])  # not to the bit: experts' batches differ
+    assert not torch.allclose(changed[:, :11], packed[:, :11], atol=1e-2)
+    assert_close(packed[:, :11], model(TOKENS[:1, :11]).x_BTD)
+    assert_close(packed[:, 11:], model(TOKENS[:1, 11:]).x_BTD)
+    # without the mask they do: the test would notice
+    assert not torch.allclose(
+        model(other, positions).x_BTD[:, 11:], model(TOKENS[:1], positions).x_BTD[:, 11:], atol=1e-2
+    )
+
+
+@torch.no_grad()
+def test_mtp_module_heeds_the_mask():
+    model = tiny_model(num_nextn_predict_layers=1)
+    mask = documents_mask([11, 17])
+    tokens = TOKENS[:1, 1:]
+
+    def ahead(hidden: torch.Tensor) -> torch.Tensor:
+        context = model.context(tokens, mask_BTS=mask)
+        return model.predict_ahead(hidden, tokens, 0, context).x_BTD
+
+    hidden = model(TOKENS[:1, :-1]).x_BTD
+    changed = hidden.clone()
+    changed[:, :11] += 1
+    assert_close(ahead(changed)[:, 11:], ahead(hidden)[:, 11:])
+    assert not torch.allclose(ahead(changed)[:, :11], ahead(hidden)[:, :11], atol=1e-3)
+
+
+@torch.no_grad()
+def test_only_the_distance_between_positions_counts():
+    model = tiny_model(**VARIANTS["v3-yarn"])
+    shifted = model(TOKENS, torch.arange(50, 79)[None])
+    torch.testing.assert_close(shifted.x_BTD, model(TOKENS).x_BTD, rtol=0, atol=1e-4)
+
+
+def test_no_later_token_reaches_back():
+    model = tiny_model()
+    changed = TOKENS.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 97
+    with torch.no_grad():
+        before, after = model(TOKENS).x_BTD, model(changed).x_BTD
+    assert_close(after[:, :20], before[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:], atol=1e-2)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    model = tiny_model()
+    with torch.no_grad():
+        assert_close(model(TOKENS[1:2]).x_BTD, model(TOKENS).x_BTD[1:2])
+
+
+def test_every_parameter_learns():
+    """A gradient reaches every parameter when all depths are trained; the bias is not one."""
+    model = tiny_model(num_nextn_predict_layers=2).train()
+    x = model(TOKENS).x_BTD
+    loss = model.logits(x).square().mean()
+    for depth in range(2):
+        following = TOKENS[:, depth + 1 :]
+        x = model.predict_ahead(x[:, :-1], following, depth, model.context(following)).x_BTD
+        loss = loss + model.logits(x).square().mean()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert not any("bias" in name for name, _ in model.named_parameters())
