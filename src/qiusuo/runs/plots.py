@@ -1,0 +1,238 @@
+"""The pictures of a run: what the loss, the speed and the experts did.
+
+Every picture answers one question and says in its caption how to read it. Labels are English:
+the fonts that ship with matplotlib have no Chinese.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qiusuo.runs.series import (
+    Records,
+    expert_loads,
+    is_number,
+    mean_load,
+    of_kind,
+    series,
+    smooth,
+    table,
+    thin,
+)
+from qiusuo.runs.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    TEAL,
+    Picture,
+    finish,
+    heat_map,
+    layer_colours,
+    layer_scale,
+    limit,
+    new_figure,
+    number_axis,
+)
+
+_OWN_PANEL = {"step", "loss", "mtp_loss", "lr", "grad_norm", "tokens", "seconds"}
+_OWN_PANEL |= {"tokens_per_second", "flops_per_second", "peak_share"}
+
+
+def draw_pictures(records: Records) -> list[Picture]:
+    """Every picture that `records` (of `read_log`) has the numbers for, in reading order.
+
+    Raises RunError when there is something to draw and matplotlib is not installed.
+    """
+    steps = of_kind(records, "step")
+    validations = of_kind(records, "validation")
+    drawers: list[Callable[[], Picture | None]] = [
+        lambda: draw_loss(steps, validations),
+        lambda: draw_panels(
+            steps,
+            "optimizer",
+            "Learning rate and gradient norm",
+            "The gradient norm is taken before clipping; a spike marks an unusual batch.",
+            {"lr": "learning rate", "grad_norm": "gradient norm"},
+        ),
+        lambda: draw_panels(
+            steps,
+            "speed",
+            "Speed",
+            "The share of peak compares the arithmetic done with the fastest matrix product "
+            "measured on the same machine.",
+            {"tokens_per_second": "tokens / s", "peak_share": "share of peak, %"},
+        ),
+        lambda: draw_violation(steps),
+        lambda: draw_final_load(steps),
+        lambda: draw_load_over_time(steps),
+        lambda: draw_panels(
+            steps,
+            "others",
+            "Other measures",
+            "Faint: every step; strong: smoothed.",
+            {key: key.replace("_", " ") for key in _other_keys(steps)},
+            columns=2,
+        ),
+    ]
+    return [picture for drawer in drawers if (picture := drawer()) is not None]
+
+
+def draw_loss(steps: Records, validations: Records) -> Picture | None:
+    """Training loss raw and smoothed, the MTP loss, and validation; nats per token."""
+    x, loss = series(steps, "loss")
+    vx, validation = series(validations, "loss")
+    mx, mtp = series(steps, "mtp_loss")
+    if not len(x) and not len(vx):
+        return None
+    figure = new_figure(9.4, 4.0)
+    axes = figure.subplots()
+    shown = [validation]
+    if len(mx):
+        axes.plot(*thin(mx, mtp), color=TEAL, alpha=0.16, linewidth=0.6)
+        axes.plot(
+            *thin(mx, smooth(mtp)), color=TEAL, linestyle=(0, (5, 1.5)), label="MTP, smoothed"
+        )
+        shown.append(smooth(mtp))
+    if len(x):
+        axes.plot(*thin(x, loss), color=BLUE, alpha=0.22, linewidth=0.6)
+        axes.plot(*thin(x, smooth(loss)), color=BLUE, label="training, smoothed")
+        shown.append(smooth(loss))
+    if len(vx):
+        style = {"marker": "o", "markersize": 4.2, "markeredgecolor": "white", "linewidth": 0.8}
+        axes.plot(vx, validation, color=ORANGE, label="validation", **style)
+    limit(axes, np.concatenate(shown), share=1.0)
+    _mark_stages(axes, steps)
+    axes.set_xlabel("step")
+    number_axis(axes.xaxis)
+    axes.set_ylabel("loss, nats per token")
+    # Above the axes and to the left: on a narrow screen the picture scrolls, and the key shows.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    caption = "Cross-entropy in nats per token. Faint: every step; strong: smoothed."
+    broken = int((~np.isfinite(loss)).sum())
+    if broken:
+        caption += f" The loss was not finite in {broken:,} of {len(loss):,} logged steps."
+    return finish(figure, "loss", "Loss", caption)
+
+
+def draw_panels(
+    steps: Records, name: str, title: str, caption: str, labels: dict[str, str], columns: int = 1
+) -> Picture | None:
+    """A small panel for each field in `labels` that has values, one below another.
+
+    With two columns the picture is a wide one, and panels stand side by side.
+    """
+    present = {key: label for key, label in labels.items() if len(series(steps, key)[0])}
+    if not present:
+        return None
+    columns = min(columns, len(present))
+    rows = -(-len(present) // columns)
+    figure = new_figure(5.2 if columns == 1 else 9.4, 0.6 + 1.35 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels[len(present) :]:
+        axes.remove()
+    for axes, (key, label) in zip(panels, present.items(), strict=False):
+        x, values = series(steps, key)
+        if key == "peak_share":
+            values = values * 100
+        if key == "lr":
+            axes.plot(*thin(x, values), color=BLUE)
+        else:
+            axes.plot(*thin(x, values), color=BLUE, alpha=0.22, linewidth=0.6)
+            axes.plot(*thin(x, smooth(values)), color=BLUE)
+        limit(axes, values, from_zero=key in _OWN_PANEL)
+        number_axis(axes.yaxis)
+        axes.set_ylabel(label)
+    for axes in panels[max(len(present) - columns, 0) : len(present)]:
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
+        number_axis(axes.xaxis)
+    figure.align_ylabels()
+    return finish(figure, name, title, caption)
+
+
+def draw_violation(steps: Records) -> Picture | None:
+    """MaxVio of each MoE layer over the steps, smoothed."""
+    x, rows = table(steps, "max_violation")
+    if not rows.size:
+        return None
+    figure = new_figure(5.2, 3.3)
+    axes = figure.subplots()
+    layers = rows.shape[1]
+    colours = layer_colours(layers)
+    smoothed = np.stack([smooth(row) for row in rows.T])
+    for layer, row in enumerate(smoothed):
+        axes.plot(
+            *thin(x, row), color=colours[layer], linewidth=1.2, label=f"MoE layer {layer + 1}"
+        )
+    limit(axes, smoothed.ravel(), from_zero=True)
+    axes.set_xlabel("step")
+    number_axis(axes.xaxis)
+    axes.set_ylabel("MaxVio")
+    if layers <= 6:
+        axes.legend(loc="upper right", frameon=False, ncols=1 + (layers > 3))
+    else:
+        layer_scale(figure, axes, layers)
+    caption = (
+        "How far the busiest expert of each layer is above its even share: 0 is perfect balance, "
+        "1 means twice the share. Smoothed."
+    )
+    return finish(figure, "balance", "Expert balance", caption)
+
+
+def draw_final_load(steps: Records) -> Picture | None:
+    """Load of every expert in every MoE layer, averaged over the last tenth of the records."""
+    _, loads = expert_loads(steps)
+    if not loads.size:
+        return None
+    last = max(1, len(loads) // 10)
+    final = mean_load(loads[-last:])
+    layers, experts = final.shape
+    figure = new_figure(5.2, min(1.5 + 0.22 * layers, 5.5))
+    extent = (0.5, experts + 0.5, layers + 0.5, 0.5)
+    heat_map(figure, final, extent, ("expert", "MoE layer"))
+    caption = (
+        f"Mean of the last {last:,} records. 1 is an even share; the palest is an expert that "
+        "sees no token. Layers are counted among the MoE layers."
+    )
+    return finish(figure, "load", "Load of every expert at the end", caption, pixels=True)
+
+
+def draw_load_over_time(steps: Records) -> Picture | None:
+    """Load of the experts of one MoE layer, the least balanced one at the end, over the steps."""
+    x, loads = expert_loads(steps)
+    if len(x) < 3:
+        return None
+    recent = mean_load(loads[-max(1, len(loads) // 10) :])
+    layer = int(np.argmax(np.nan_to_num(recent).max(axis=1)))
+    figure = new_figure(9.4, 3.4)
+    extent = (float(x[0]), float(x[-1]), loads.shape[2] + 0.5, 0.5)
+    heat_map(figure, loads[:, layer].T, extent, ("step", "expert"))
+    caption = (
+        f"MoE layer {layer + 1}, the one that is least balanced at the end. Bands are experts that "
+        "stay busy or idle; an even tint means the router's bias keeps the balance."
+    )
+    return finish(figure, "load-over-time", "Load of one layer over time", caption, pixels=True)
+
+
+def _other_keys(steps: Records) -> list[str]:
+    """Numeric fields that no picture of their own shows, such as a reward; at most eight."""
+    keys = {key: None for record in steps for key, value in record.items() if is_number(value)}
+    return [key for key in keys if key not in _OWN_PANEL][:8]
+
+
+def _mark_stages(axes: Any, steps: Records) -> None:
+    """A thin line with a name where a stage of the recipe begins, when there are several."""
+    starts: dict[str, int] = {}
+    for record in steps:
+        if "stage" in record:
+            starts.setdefault(str(record["stage"]), record["step"])
+    if len(starts) < 2:
+        return
+    for stage, step in starts.items():
+        axes.axvline(step, color=GREY, linewidth=0.6, linestyle=(0, (2, 2)))
+        place = axes.get_xaxis_transform()
+        axes.text(step, 0.02, f" {stage}", transform=place, fontsize=7.5, color=GREY)

@@ -1,0 +1,147 @@
+"""What the terminal knows about a training: the latest numbers, smoothed, and the time left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qiusuo.runs.series import is_number
+from qiusuo.runs.words import format_duration, format_large, format_number
+
+_MOST_HISTORY = 512
+_KEEP = 0.95  # of the smoothed loss, a step
+_KNOWN = {"step", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens", "seconds"}
+_KNOWN |= {"tokens_per_second", "flops_per_second", "peak_share"}
+
+
+class Progress:
+    """Takes in log records and answers in words; knows nothing of terminals."""
+
+    def __init__(self, total: int, title: str, start_step: int, now: float) -> None:
+        self.total, self.title = total, title
+        self.step = self._start_step = start_step
+        self.history: list[float] = []
+        self.loss: float | None = None
+        self.mtp_loss: float | None = None
+        self.validation: dict[str, Any] = {}
+        self.sample: tuple[str, str] | tuple[()] = ()
+        self.others: dict[str, float] = {}
+        self._record: dict[str, Any] = {}
+        self._began = self._stepped = now
+        self._merged, self._pending = 1, [0.0, 0]
+        self._violation: float | None = None
+
+    def add(self, record: Mapping[str, Any], now: float) -> None:
+        """Take in one log record, seen at `now` seconds."""
+        kind = record.get("kind", "step")
+        if kind == "validation":
+            self.validation = dict(record)
+        elif kind == "sample":
+            self.sample = (str(record.get("prompt", "")), str(record.get("continuation", "")))
+        elif kind == "step":
+            self._add_step(record, now)
+
+    def _add_step(self, record: Mapping[str, Any], now: float) -> None:
+        self.step, self._stepped = int(record["step"]), now
+        self._record = dict(record)
+        if is_number(record.get("loss")):
+            self.loss = _follow(self.loss, float(record["loss"]))
+            self._remember(self.loss)
+        if is_number(record.get("mtp_loss")):
+            self.mtp_loss = _follow(self.mtp_loss, float(record["mtp_loss"]))
+        if record.get("max_violation"):
+            self._violation = max(record["max_violation"])
+        fresh = {k: v for k, v in record.items() if is_number(v) and k not in _KNOWN}
+        self.others = dict(list(fresh.items())[:4])
+
+    def _remember(self, loss: float) -> None:
+        """Keep the whole history in a bounded list: when it is full, neighbours merge."""
+        self._pending[0] += loss
+        self._pending[1] += 1
+        if self._pending[1] < self._merged:
+            return
+        self.history.append(self._pending[0] / self._pending[1])
+        self._pending = [0.0, 0]
+        if len(self.history) >= _MOST_HISTORY:
+            pairs = zip(self.history[::2], self.history[1::2], strict=True)
+            self.history = [(a + b) / 2 for a, b in pairs]
+            self._merged *= 2
+
+    def elapsed(self, now: float) -> float:
+        """Seconds since the view was made."""
+        return now - self._began
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds to the last step at the pace so far; None before there is a pace."""
+        done = self.step - self._start_step
+        if done < 2 or self._stepped <= self._began:
+            return None
+        pace = (self._stepped - self._began) / done
+        return max((self.total - self.step) * pace - (now - self._stepped), 0.0)
+
+    def validation_words(self) -> str:
+        """The last validation: bits per character, loss and, if it is past, its step."""
+        parts = []
+        if is_number(self.validation.get("bits_per_character")):
+            parts.append(f"{self.validation['bits_per_character']:.4f} bits/char.")
+        if is_number(self.validation.get("loss")):
+            parts.append(f"loss {self.validation['loss']:.4f}")
+        if self.validation.get("step", self.step) != self.step:
+            parts.append(f"at step {self.validation['step']:,}")
+        return "  ".join(parts)
+
+    def speed_words(self) -> str:
+        """Tokens a second, the share of the machine's peak, tokens so far."""
+        r, parts = self._record, []
+        if is_number(r.get("tokens_per_second")):
+            parts.append(f"{format_large(r['tokens_per_second'])} tokens/s")
+        if is_number(r.get("peak_share")):
+            parts.append(f"{r['peak_share']:.0%} of peak")
+        if is_number(r.get("tokens")):
+            parts.append(f"{format_large(r['tokens'])} tokens")
+        return "  ".join(parts)
+
+    def balance_words(self) -> str:
+        """The worst layer's MaxVio, and what it means."""
+        if self._violation is None:
+            return ""
+        if not math.isfinite(self._violation):
+            return "MaxVio is not finite"
+        return f"MaxVio {self._violation:.2f}: the busiest has {1 + self._violation:.1f}× its share"
+
+    def lr_words(self) -> str:
+        """The learning rate and the gradient's norm."""
+        r, parts = self._record, []
+        if is_number(r.get("lr")):
+            parts.append(f"lr {r['lr']:.2e}")
+        if is_number(r.get("grad_norm")):
+            parts.append(f"gradient norm {format_number(r['grad_norm'], 3)}")
+        return "  ".join(parts)
+
+    def place(self) -> str:
+        """The step of how many."""
+        return f"step {self.step:,}/{self.total:,}"
+
+    def line(self, now: float) -> str:
+        """Everything on one plain line."""
+        parts = [self.place()]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.mtp_loss is not None:
+            parts.append(f"MTP {self.mtp_loss:.4f}")
+        parts += [f"{name} {format_number(value)}" for name, value in self.others.items()]
+        parts += [words for words in (self.lr_words(), self.speed_words()) if words]
+        if self._violation is not None:
+            parts.append(f"MaxVio {self._violation:.2f}")
+        left = self.seconds_left(now)
+        if left is not None and self.step < self.total:
+            parts.append(f"{format_duration(left)} left")
+        return "  ".join(parts)
+
+
+def _follow(mean: float | None, value: float) -> float:
+    """The running mean; a value that is not finite shows at once and does not stick."""
+    if mean is None or not math.isfinite(value) or not math.isfinite(mean):
+        return value
+    return _KEEP * mean + (1 - _KEEP) * value
