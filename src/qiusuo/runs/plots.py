@@ -191,7 +191,7 @@ def draw_final_load(steps: Records) -> Picture | None:
     last = max(1, len(loads) // 10)
     final = mean_load(loads[-last:])
     layers, experts = final.shape
-    figure = new_figure(5.2, min(1.5 + 0.22 * layers, 5.5))
+    figure = new_figure(5.2, min(1.5 + 0.22 * layers, 4.6))
     extent = (0.5, experts + 0.5, layers + 0.5, 0.5)
     heat_map(figure, final, extent, ("expert", "MoE layer"))
     caption = (
@@ -235,4 +235,4 @@ def _mark_stages(axes: Any, steps: Records) -> None:
     for stage, step in starts.items():
         axes.axvline(step, color=GREY, linewidth=0.6, linestyle=(0, (2, 2)))
         place = axes.get_xaxis_transform()
-        axes.text(step, 0.02, f" {stage}", transform=place, fontsize=7.5, color=GREY)
+        axes.text(step, 0.95, f" {stage}", transform=place, fontsize=7.5, color=GREY)
