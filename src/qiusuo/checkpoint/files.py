@@ -1,12 +1,23 @@
-"""Writing folders so that a reader finds either the old one or the whole new one."""
+"""Writing folders so that a reader finds either the old one or the whole new one.
+
+A new folder is filled beside the old, flushed, and exchanged with it in one step of the kernel's.
+Where the system has no such step there are two renames, and between them the old folder stands
+aside under a name that ``restore_folder`` knows. A process killed at any point loses nothing; what
+it leaves lying about goes with the next write.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if sys.platform != "win32":  # which neither locks nor flushes folders
+    import fcntl
 
 
 class CheckpointError(RuntimeError):
@@ -19,34 +30,111 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     Raises CheckpointError where the disk refuses; what stood at ``folder`` is then untouched.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # through a link: the link stays, what it points to is replaced
     draft = folder.with_name(f".{folder.name}.draft-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
+    with _disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        restore_folder(folder)
+        _sweep(folder)
+        draft.mkdir()
+        claim = _claim(draft)
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        for file in [*draft.rglob("*"), draft]:
-            _flush(file)
-        _swap(draft, folder)
+        with _disk_errors(folder):
+            yield draft
+            for path in [*draft.rglob("*"), draft]:
+                _flush(path)
+            _swap(draft, folder)
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # after an exchange: the old folder
+        _release(claim)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"could not write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def restore_folder(folder: Path) -> None:
+    """Bring back a folder whose replacement was interrupted between its two renames."""
+    folder = folder.resolve()
+    if not folder.exists():
+        with suppress(OSError):
+            _aside(folder).rename(folder)
 
 
 def _swap(draft: Path, folder: Path) -> None:
     if not folder.exists():
         draft.rename(folder)
         return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old)
+    if _exchange(draft, folder):
+        return
+    aside = _aside(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    try:
+        draft.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.aside")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders trade places at once; False where the system or the disk cannot."""
+    paths = os.fsencode(one), os.fsencode(other)
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP are both 2
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*paths, swap) == 0)
+        return bool(library.renameat2(here, paths[0], here, paths[1], swap) == 0)
+    except (AttributeError, TypeError, OSError):
+        return False
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the drafts of dead writers, and an old folder that a new one has replaced."""
+    if folder.exists():
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+    for path in folder.parent.iterdir():
+        if path.name.startswith(f".{folder.name}.draft-"):
+            with suppress(OSError):  # claimed: its writer lives
+                claim = _claim(path)
+                shutil.rmtree(path, ignore_errors=True)
+                _release(claim)
+
+
+def _claim(folder: Path) -> int | None:
+    """Lock a folder until released or until its holder dies; OSError if another holds it."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _release(claim: int | None) -> None:
+    if claim is not None:
+        os.close(claim)
+
+
+def _flush(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qiusuo.checkpoint.files import CheckpointError, replacing_folder
+from qiusuo.checkpoint.files import CheckpointError, replacing_folder, restore_folder
 from qiusuo.checkpoint.tensors import disk_layout, memory_state, mtp_copies
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.config import ModelConfig
@@ -37,8 +37,10 @@ def save_huggingface(
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write config.json, safetensors and the tokenizer. ``dtype=None`` keeps the weights' type;
-    router biases stay float32. The folder is replaced whole or not at all."""
+    router biases stay float32. The folder is replaced whole or not at all; a folder that holds
+    something other than a model is left alone, with a CheckpointError."""
     folder = Path(folder)
+    _check_place(folder)
     with replacing_folder(folder) as draft:
         dtype = dtype or model.model.embed_tokens.weight.dtype
         config = model.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
@@ -62,6 +64,7 @@ def load_huggingface(
     Raises CheckpointError naming the tensor that is missing, surplus or of the wrong shape.
     """
     folder = Path(folder)
+    restore_folder(folder)
     config = ModelConfig.from_file(folder)
     with ExitStack() as stack:
         files = _open_tensors(folder, stack)
@@ -84,6 +87,19 @@ def load_huggingface(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def _check_place(folder: Path) -> None:
+    """Saving replaces a whole folder: not one that holds a run, or someone's home."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give a folder for the model")
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if found := sorted(path.name for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} holds no model but {', '.join(found[:3])}{' ...' if found[3:] else ''}; "
+            "saving would replace it all: give a new or empty folder"
+        )
 
 
 def _tensors_to_write(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -110,7 +126,10 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     size = total = 0
 
     def flush() -> None:
-        save_file(_own_storage(pending), folder / f"shard-{len(shards)}", {"format": "pt"})
+        try:
+            save_file(_own_storage(pending), folder / f"shard-{len(shards)}", {"format": "pt"})
+        except SafetensorError as error:  # a full disk, in Rust's words
+            raise CheckpointError(f"could not write the weights in {folder.parent}: {error}") from error
         shards.append(list(pending))
         pending.clear()
 
@@ -125,7 +144,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / SINGLE_FILE)
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
@@ -148,8 +167,11 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of every tensor name."""
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        paths = sorted({folder / file for file in weight_map.values()})
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            paths = sorted({folder / file for file in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of tensors: {error!r}") from error
     elif (folder / SINGLE_FILE).is_file():
         paths = [folder / SINGLE_FILE]
     else:
