@@ -9,13 +9,14 @@ sorted rows: nothing is gathered twice and the pair weights' gradient falls out 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# M tokens, K experts per token, P = M*K pairs, E experts, D hidden, F expert width, G = 2F.
+# M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
+# E experts, D hidden, F expert width, G = 2F.
 
 
 def experts_reference(
@@ -44,6 +45,16 @@ def experts_grouped(
     return out_MD
 
 
+class _Layout(NamedTuple):
+    """Where the pairs stand once sorted. ``place_P``: the row of each pair; ``token_R``: the token
+    of each row; ``segments``: non-empty (expert, first row, last row + 1). Segments are rounded up
+    to a few sizes; the rows between carry weight zero, so they add nothing anywhere."""
+
+    place_P: Tensor
+    token_R: Tensor
+    segments: list[tuple[int, int, int]]
+
+
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,74 +65,89 @@ class _GroupedExperts(torch.autograd.Function):
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        pairs = weights_MK.numel()
-        order_P, place_P, segments = _sort_by_expert(indices_MK, gate_up_EGD.shape[0])
-        token_P = order_P // indices_MK.shape[1]
-        x_PD = x_MD[token_P]
-        h_PG = x_PD.new_empty(pairs, gate_up_EGD.shape[1])
-        for expert, start, stop in segments:
-            torch.mm(x_PD[start:stop], gate_up_EGD[expert].t(), out=h_PG[start:stop])
-        weight_P = weights_MK.flatten()[order_P, None].to(h_PG.dtype)
-        gate_PF, up_PF = h_PG.chunk(2, dim=-1)
-        act_PF = F.silu(gate_PF).mul_(up_PF)
-        y_PD = torch.empty_like(x_PD)
-        weighted_PF = act_PF * weight_P
-        for expert, start, stop in segments:
-            torch.mm(weighted_PF[start:stop], down_EDF[expert].t(), out=y_PD[start:stop])
+        layout = _sort_by_expert(indices_MK, gate_up_EGD.shape[0])
+        x_RD = x_MD.index_select(0, layout.token_R)
+        weight_R = x_RD.new_zeros(x_RD.shape[0], 1)
+        weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_RD.dtype)
+        h_RG = x_RD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
+        for expert, start, stop in layout.segments:
+            torch.mm(x_RD[start:stop], gate_up_EGD[expert].t(), out=h_RG[start:stop])
+        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
+        act_RF = F.silu(gate_RF).mul_(up_RF)
+        weighted_RF = act_RF * weight_R
+        y_RD = torch.empty_like(x_RD)
+        for expert, start, stop in layout.segments:
+            torch.mm(weighted_RF[start:stop], down_EDF[expert].t(), out=y_RD[start:stop])
         ctx.save_for_backward(
-            x_PD, h_PG, act_PF, weight_P, token_P, order_P, place_P, gate_up_EGD, down_EDF
+            x_RD, h_RG, act_RF, weight_R, layout.place_P, layout.token_R, gate_up_EGD, down_EDF
         )
-        ctx.segments, ctx.weights_like = segments, weights_MK
-        return _sum_choices(y_PD, place_P, indices_MK.shape[1])
+        ctx.segments, ctx.weights_like = layout.segments, weights_MK
+        return _sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_MD,) = grads
-        x_PD, h_PG, act_PF, weight_P, token_P, order_P, place_P, gate_up_EGD, down_EDF = (
-            ctx.saved_tensors
-        )
-        grad_PD = grad_MD.to(x_PD.dtype)[token_P]
-        weighted_PF = act_PF * weight_P
-        grad_PF = torch.empty_like(act_PF)
+        x_RD, h_RG, act_RF, weight_R, place_P, token_R, gate_up_EGD, down_EDF = ctx.saved_tensors
+        grad_RD = grad_MD.to(x_RD.dtype).index_select(0, token_R)
+        weighted_RF = act_RF * weight_R
+        grad_RF = torch.empty_like(act_RF)
         grad_down_EDF = torch.zeros_like(down_EDF)
         for expert, start, stop in ctx.segments:
-            torch.mm(grad_PD[start:stop], down_EDF[expert], out=grad_PF[start:stop])
-            torch.mm(grad_PD[start:stop].t(), weighted_PF[start:stop], out=grad_down_EDF[expert])
-        grad_weight_P = (grad_PF.float() * act_PF.float()).sum(-1)
-        grad_PF *= weight_P
-        gate_PF, up_PF = h_PG.chunk(2, dim=-1)
-        grad_h_PG = torch.empty_like(h_PG)
-        grad_gate_PF, grad_up_PF = grad_h_PG.chunk(2, dim=-1)
-        torch.mul(grad_PF, F.silu(gate_PF), out=grad_up_PF)
-        grad_gate_PF.copy_(torch.ops.aten.silu_backward(grad_PF.mul_(up_PF), gate_PF))
-        grad_x_PD = torch.empty_like(x_PD)
+            torch.mm(grad_RD[start:stop], down_EDF[expert], out=grad_RF[start:stop])
+            torch.mm(grad_RD[start:stop].t(), weighted_RF[start:stop], out=grad_down_EDF[expert])
+        grad_weight_R = (grad_RF * act_RF).sum(-1, dtype=torch.float32)
+        grad_RF *= weight_R
+        grad_h_RG = _swiglu_backward(grad_RF, h_RG)
+        grad_x_RD = torch.empty_like(x_RD)
         grad_gate_up_EGD = torch.zeros_like(gate_up_EGD)
         for expert, start, stop in ctx.segments:
-            torch.mm(grad_h_PG[start:stop], gate_up_EGD[expert], out=grad_x_PD[start:stop])
-            torch.mm(grad_h_PG[start:stop].t(), x_PD[start:stop], out=grad_gate_up_EGD[expert])
+            torch.mm(grad_h_RG[start:stop], gate_up_EGD[expert], out=grad_x_RD[start:stop])
+            torch.mm(grad_h_RG[start:stop].t(), x_RD[start:stop], out=grad_gate_up_EGD[expert])
         weights_MK = ctx.weights_like
-        grad_weights_MK = grad_weight_P[place_P].view_as(weights_MK).to(weights_MK.dtype)
-        grad_x_MD = _sum_choices(grad_x_PD, place_P, weights_MK.shape[1])
+        grad_weights_MK = grad_weight_R[place_P].view_as(weights_MK).to(weights_MK.dtype)
+        grad_x_MD = _sum_choices(grad_x_RD, place_P, weights_MK.shape[1])
         return grad_x_MD, grad_weights_MK, None, grad_gate_up_EGD, grad_down_EDF
 
 
-def _sort_by_expert(
-    indices_MK: Tensor, experts: int
-) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
-    """(pair at each sorted place, sorted place of each pair, non-empty (expert, start, stop))."""
+def _swiglu_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:
+    """Gradient of [gate, up] from that of silu(gate) · up; ``grad_RF`` is used up."""
+    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
+    grad_h_RG = torch.empty_like(h_RG)
+    grad_gate_RF, grad_up_RF = grad_h_RG.chunk(2, dim=-1)
+    torch.mul(grad_RF, F.silu(gate_RF), out=grad_up_RF)
+    grad_gate_RF.copy_(torch.ops.aten.silu_backward(grad_RF.mul_(up_RF), gate_RF))
+    return grad_h_RG
+
+
+def _sort_by_expert(indices_MK: Tensor, experts: int) -> _Layout:
     expert_P = indices_MK.flatten()
     order_P = torch.argsort(expert_P, stable=True)
-    place_P = torch.empty_like(order_P)
-    place_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    segments, start = [], 0
+    segments, shifts, start, shift = [], [], 0, 0
     for expert, count in enumerate(torch.bincount(expert_P, minlength=experts).tolist()):
-        if count:
-            segments.append((expert, start, start + count))
-        start += count
-    return order_P, place_P, segments
+        shifts.append(shift)
+        rows = _round_up(count)
+        if rows:
+            segments.append((expert, start, start + rows))
+        start += rows
+        shift += rows - count
+    place_sorted_P = torch.arange(order_P.numel(), device=order_P.device)
+    place_sorted_P += torch.tensor(shifts, device=order_P.device)[expert_P[order_P]]
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = place_sorted_P
+    token_R = order_P.new_zeros(start)
+    token_R[place_sorted_P] = order_P // indices_MK.shape[1]
+    return _Layout(place_P, token_R, segments)
 
 
-def _sum_choices(y_PD: Tensor, place_P: Tensor, choices: int) -> Tensor:
+def _round_up(count: int) -> int:
+    """The next of eight sizes per doubling. PyTorch's bf16 products compile code for every new
+    shape (about 1 ms each); an expert's token count is new at every step, these sizes are not."""
+    if count <= 16:
+        return count
+    grain = 1 << (count.bit_length() - 4)
+    return -(-count // grain) * grain
+
+
+def _sum_choices(y_RD: Tensor, place_P: Tensor, choices: int) -> Tensor:
     """Bring sorted rows home and add each token's K of them, always in the same order."""
-    y_MKD = y_PD[place_P].unflatten(0, (-1, choices))
-    return y_MKD.sum(1)
+    return y_RD.index_select(0, place_P).unflatten(0, (-1, choices)).sum(1)

@@ -33,15 +33,28 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square() / x_D.shape[-1] + eps).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, scale)
-        return (x_D * scale).to(x_D.dtype) * weight_D
+        device = x_D.device.type
+        out_dtype = x_D.dtype
+        if torch.is_autocast_enabled(device):
+            out_dtype = torch.get_autocast_dtype(device)
+        return (x_D * scale).to(x_D.dtype).mul_(weight_D).to(out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_D, weight_D, scale = ctx.saved_tensors
-        (grad_D,) = grads
-        normed_D = x_D * scale
-        toward_weight_D = (grad_D * normed_D).flatten(0, -2).sum(0, dtype=torch.float32)
-        grad_normed_D = grad_D * weight_D
-        along = (grad_normed_D * normed_D).mean(-1, keepdim=True, dtype=torch.float32)
-        grad_x_D = torch.addcmul(grad_normed_D, normed_D, along, value=-1).mul_(scale)
-        return grad_x_D.to(x_D.dtype), toward_weight_D.to(weight_D.dtype), None
+        width = x_D.shape[-1]
+        x32_D, weight32_D, grad_D = x_D.float(), weight_D.float(), grads[0].float()
+        # LayerNorm's fused kernel, told that the mean is zero, gives this gradient less one term:
+        # scale · mean(grad · weight), which is added back.
+        grad_x_D, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_D,
+            x32_D,
+            [width],
+            torch.zeros_like(scale),
+            scale,
+            weight32_D,
+            None,
+            [True, True, False],
+        )
+        grad_x_D.addcmul_(scale, (grad_D @ weight32_D)[..., None], value=1 / width)
+        return grad_x_D.to(x_D.dtype), grad_weight_D.to(weight_D.dtype), None

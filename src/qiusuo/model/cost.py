@@ -1,0 +1,111 @@
+"""What a model costs, known from its config alone: parameters, memory, cache, arithmetic.
+
+Everything is counted on a model built on the meta device, which has shapes and no storage, so a
+671B model is weighed in a second on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from qiusuo.model.config import ModelConfig
+from qiusuo.model.transformer import Transformer
+
+BYTES_PER_WEIGHT = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "fp8 (128×128 blocks)": 1 + 4 / 128**2,
+    "int8 (blocks of 32)": 1 + 2 / 32,
+    "int4 (blocks of 32)": 0.5 + 2 / 32,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts are of numbers stored in a checkpoint (router biases included, MTP copies not).
+
+    ``active``: parameters one token's forward pass multiplies with, head and embedding row
+    included, MTP modules not. ``matmul_active``: those of them in matrix products. Cache sizes in
+    elements per token, over all layers: latents, and the keys and values they stand for."""
+
+    parameters: int
+    mtp_parameters: int
+    active: int
+    matmul_active: int
+    matmul_active_mtp: int
+    cache_elements: int
+    expanded_cache_elements: int
+    attention_width: int
+
+    def weight_bytes(self, precision: str) -> int:
+        return int((self.parameters + self.mtp_parameters) * BYTES_PER_WEIGHT[precision])
+
+    def forward_flops(self, context: float, mtp: bool = False) -> float:
+        """Floating-point operations for one token that sees ``context`` tokens: two for each
+        weight of a product, two for each of attention's scores and of their products."""
+        weights = self.matmul_active + (self.matmul_active_mtp if mtp else 0)
+        return 2.0 * weights + 2.0 * context * self.attention_width
+
+    def training_flops(self, sequence_length: int) -> float:
+        """One token forward and backward, MTP included: three forward passes' worth. A causal
+        token sees half the sequence on average."""
+        return 3.0 * self.forward_flops(sequence_length / 2, mtp=True)
+
+
+def measure(config: ModelConfig) -> Cost:
+    """Count a model. Exact for every config that ModelConfig accepts."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = {False: 0, True: 0}  # by whether in an MTP layer
+    used = {False: 0, True: 0}
+    matmul = {False: 0, True: 0}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        mtp = _layer(name) >= config.num_hidden_layers
+        count = tensor.numel()
+        total[mtp] += count
+        if ".experts." in name and ".shared_experts." not in name:
+            count = count * config.num_experts_per_tok // config.n_routed_experts
+        if name == "model.embed_tokens.weight":
+            used[mtp] += config.hidden_size
+            continue
+        used[mtp] += count
+        matmul[mtp] += count if tensor.ndim > 1 else 0
+    head = config.vocab_size * config.hidden_size
+    if config.tie_word_embeddings:
+        used[False] += head
+        matmul[False] += head
+    matmul[True] += head * config.num_nextn_predict_layers
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    widths = config.qk_head_dim + config.v_head_dim
+    return Cost(
+        parameters=total[False],
+        mtp_parameters=total[True],
+        active=used[False],
+        matmul_active=matmul[False],
+        matmul_active_mtp=matmul[True],
+        cache_elements=layers * config.cache_width,
+        expanded_cache_elements=layers * heads * widths,
+        attention_width=layers * heads * widths,
+    )
+
+
+def available_memory() -> int:
+    """Bytes of main memory a new process can still use on this machine."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _layer(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else -1

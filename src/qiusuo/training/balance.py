@@ -1,0 +1,74 @@
+"""Keeping the experts of an MoE layer evenly busy (DeepSeek-V3 §2.1.2).
+
+The main force costs the model nothing: after each step the bias of an expert that got fewer
+tokens than its share rises by γ, that of a busier one falls. The bias takes part in the choice
+only. A very small loss per sequence guards against a single sequence leaning on few experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qiusuo.model.moe import Routing
+from qiusuo.model.transformer import Transformer
+
+# B sequences, T tokens, M = B*T, E experts, K experts per token.
+
+
+class ExpertLoad:
+    """Counts of (token, expert) pairs per layer over the whole batch of a step."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.routers = model.routers()
+        self.counts = {
+            layer: torch.zeros_like(router.weight[:, 0], dtype=torch.float32, requires_grad=False)
+            for layer, router in self.routers.items()
+        }
+
+    @torch.no_grad()
+    def add(self, routings: dict[int, Routing]) -> None:
+        for layer, routing in routings.items():
+            chosen_P = routing.indices_MK.flatten()
+            self.counts[layer] += torch.bincount(chosen_P, minlength=len(self.counts[layer]))
+
+    @torch.no_grad()
+    def update_biases(self, speed: float) -> None:
+        """b += γ·sign(mean load − load), on the whole batch's counts; then count anew."""
+        for layer, count_E in self.counts.items():
+            bias_E = self.routers[layer].e_score_correction_bias
+            if bias_E is not None and speed > 0:
+                bias_E += speed * torch.sign(count_E.mean() - count_E)
+        self.reset()
+
+    def reset(self) -> None:
+        for count_E in self.counts.values():
+            count_E.zero_()
+
+    def relative(self) -> dict[int, list[float]]:
+        """Load of each expert, 1.0 being an even share."""
+        return {
+            layer: (count_E / count_E.mean().clamp_min(1e-9)).tolist()
+            for layer, count_E in self.counts.items()
+        }
+
+    def max_violation(self) -> dict[int, float]:
+        """MaxVio (arXiv:2408.15664): how far the busiest expert is above its even share."""
+        return {layer: max(load) - 1.0 for layer, load in self.relative().items()}
+
+
+def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
+    """Σᵢ fᵢ Pᵢ, averaged over sequences (V3 eq. 17-20); 1 when even. Float32 scalar.
+
+    fᵢ counts the top-K of the *unbiased* scores, so the loss does not see the bias's work."""
+    scores_BTE = routing.scores_ME.unflatten(0, (sequences, -1))
+    tokens, experts = scores_BTE.shape[1:]
+    choices = routing.indices_MK.shape[1]
+    with torch.no_grad():
+        top_BTK = scores_BTE.topk(choices, dim=-1).indices
+        count_BE = scores_BTE.new_zeros(sequences, experts)
+        top_BP = top_BTK.flatten(1)
+        count_BE.scatter_add_(1, top_BP, torch.ones_like(top_BP, dtype=count_BE.dtype))
+        fraction_BE = count_BE * (experts / (choices * tokens))
+    share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    return (fraction_BE * share_BE).sum(-1).mean()

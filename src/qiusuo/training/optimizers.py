@@ -1,0 +1,114 @@
+"""AdamW, and Muon for the matrices inside the blocks.
+
+Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the
+nearest orthogonal matrix, found by five Newton-Schulz iterations: every direction of the update
+gets the same size. Here matrices of one shape go through the iterations together, and the stacked
+experts are what they are: many matrices, gate and up apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from qiusuo.training.recipe import OptimizerSection
+
+# N matrices, R rows, C columns.
+
+# The quintic's coefficients (Jordan): steepest at zero while staying near 1 for singular values.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalize(matrices_NRC: Tensor) -> Tensor:
+    """About U Vᵀ of each matrix's singular value decomposition, in bf16; same shape."""
+    a, b, c = NEWTON_SCHULZ
+    x_NRC = matrices_NRC.bfloat16()
+    tall = x_NRC.shape[-2] > x_NRC.shape[-1]
+    if tall:
+        x_NRC = x_NRC.mT
+    norm = torch.linalg.matrix_norm(x_NRC, keepdim=True, dtype=torch.float32)
+    x_NRC = (x_NRC / (norm + 1e-7)).bfloat16().contiguous()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram_NRR = torch.bmm(x_NRC, x_NRC.mT)
+        poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+        x_NRC = torch.baddbmm(x_NRC, poly_NRR, x_NRC, beta=a)
+    return x_NRC.mT if tall else x_NRC
+
+
+class Muon(Optimizer):
+    """Momentum SGD with orthogonalised updates. A parameter is one matrix [R, C] or a stack
+    [..., R, C]. Weight decay is decoupled, as in AdamW."""
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes[_matrix_shape(parameter)].append(parameter)
+            for (rows, columns), parameters in shapes.items():
+                updates = [self._momentum(p, momentum).view(-1, rows, columns) for p in parameters]
+                update_NRC = orthogonalize(torch.cat(updates))
+                # Keeps the size of the output's change the same for wide and tall matrices.
+                size = lr * max(1.0, rows / columns) ** 0.5
+                sizes = [update.shape[0] for update in updates]
+                for parameter, delta in zip(parameters, update_NRC.split(sizes), strict=True):
+                    parameter.mul_(1 - lr * group["weight_decay"])
+                    parameter.add_(delta.reshape_as(parameter), alpha=-size)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Nesterov momentum of this parameter's gradient."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum"]
+        buffer.lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(buffer, momentum)
+
+
+def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
+    """A stack of gate and up projections [E, 2F, D] is 2E matrices [F, D]."""
+    rows, columns = parameter.shape[-2:]
+    return (rows // 2 if getattr(parameter, "two_matrices", False) else rows), columns
+
+
+def build_optimizers(model: nn.Module, section: OptimizerSection) -> list[Optimizer]:
+    """Every parameter in exactly one optimizer. Routers, norms, embedding and head take AdamW."""
+    muon, decayed, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        inside = ".layers." in name and parameter.ndim >= 2
+        if section.kind == "muon" and inside and not name.endswith(".gate.weight"):
+            if name.endswith("experts.gate_up_proj"):
+                parameter.two_matrices = True  # type: ignore[attr-defined]
+            muon.append(parameter)
+        else:
+            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    rate = section.adamw_learning_rate if section.kind == "muon" else section.learning_rate
+    groups = [
+        {"params": decayed, "weight_decay": section.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    betas = (section.beta1, section.beta2)
+    optimizers: list[Optimizer] = [AdamW(groups, lr=rate, betas=betas, fused=True)]
+    if muon:
+        optimizers.append(
+            Muon(muon, section.learning_rate, section.momentum, section.weight_decay)
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers

@@ -1,0 +1,101 @@
+"""How well the model predicts text it was not trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qiusuo.data.loader import Batch, validation_batches
+from qiusuo.data.shards import Shards
+from qiusuo.kernels.cross_entropy import IGNORE
+from qiusuo.model.transformer import Transformer
+from qiusuo.training.balance import ExpertLoad
+from qiusuo.training.losses import language_model_losses, make_window
+
+# B sequences, T tokens, M = B*T, D hidden.
+
+
+@dataclass(frozen=True)
+class Validation:
+    """``loss`` in nats per token; ``mtp_agreement`` per MTP module: how often its likeliest token
+    is the main model's one step later, which is what self-speculation would accept."""
+
+    loss: float
+    bits_per_character: float
+    tokens: int
+    mtp_loss: list[float]
+    mtp_agreement: list[float]
+    load: ExpertLoad
+
+
+@torch.no_grad()
+def validate(
+    model: Transformer,
+    splits: list[Shards],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    isolate: bool,
+    limit_tokens: int | None = None,
+) -> Validation:
+    """Every token of the splits is predicted once (of each, the first ``limit_tokens``)."""
+    depth = model.config.num_nextn_predict_layers
+    totals, load = _Totals(depth), ExpertLoad(model)
+    characters_per_token = _characters(splits) / sum(shards.token_count for shards in splits)
+    for shards in splits:
+        batches: Iterable[Batch] = validation_batches(
+            shards,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            lookahead=depth,
+            limit_tokens=limit_tokens,
+        )
+        for batch in batches:
+            _add_batch(model, batch, totals, load, isolate)
+    loss = totals.nats / totals.tokens
+    return Validation(
+        loss=loss,
+        bits_per_character=loss / math.log(2) / characters_per_token,
+        tokens=totals.tokens,
+        mtp_loss=[n / max(1, t) for n, t in zip(totals.mtp_nats, totals.mtp_tokens, strict=True)],
+        mtp_agreement=[a / max(1, t) for a, t in zip(totals.agreed, totals.mtp_tokens, strict=True)],
+        load=load,
+    )
+
+
+class _Totals:
+    def __init__(self, depth: int) -> None:
+        self.nats, self.tokens = 0.0, 0
+        self.mtp_nats, self.mtp_tokens, self.agreed = [0.0] * depth, [0] * depth, [0] * depth
+
+
+def _add_batch(
+    model: Transformer, batch: Batch, totals: _Totals, load: ExpertLoad, isolate: bool
+) -> None:
+    depth = model.config.num_nextn_predict_layers
+    window = make_window(batch.tokens_BS, batch.documents_BS, batch.valid_BS, depth, isolate)
+    losses = language_model_losses(model, window)
+    load.add(losses.routings)
+    totals.nats += losses.main.item()
+    totals.tokens += int((window.labels[0] != IGNORE).sum())
+    for k, (loss, labels_BT) in enumerate(zip(losses.mtp, window.labels[1:], strict=True)):
+        counted_BT = labels_BT != IGNORE
+        totals.mtp_nats[k] += loss.item()
+        totals.mtp_tokens[k] += int(counted_BT.sum())
+        # Module k at place t and the main model at t + k + 1 predict the same token.
+        ahead_BT = _likeliest(model, losses.mtp_states[k])[:, : -(k + 1)]
+        main_BT = _likeliest(model, losses.main_states)[:, k + 1 :]
+        totals.agreed[k] += int(((ahead_BT == main_BT) & counted_BT[:, : -(k + 1)]).sum())
+
+
+def _likeliest(model: Transformer, x_BTD: Tensor) -> Tensor:
+    """Greedy token of every place [B, T], one sequence's logits in memory at a time."""
+    return torch.stack([model.logits(x_TD).argmax(-1) for x_TD in x_BTD])
+
+
+def _characters(splits: list[Shards]) -> int:
+    return sum(shards.character_count for shards in splits)
