@@ -1,0 +1,129 @@
+"""Messages to the text a model was trained to see, through the template that came with it.
+
+A chat template is a Jinja program shipped with the weights, so it is run in a sandbox. The same
+environment as elsewhere (trimmed blocks, `tojson` that leaves Chinese alone, `raise_exception`,
+`strftime_now`, loop controls, `{% generation %}`) lets other models' templates run unchanged.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import DataError, unknown
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]
+"""`role`, `content`, and by role `reasoning_content`, `tool_calls`, `prefix`, ..."""
+
+# A role may become part of a marker (`<|user|>`), so it is never free text.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+
+
+@functools.cache
+def default_template() -> str:
+    """The template of the models made here."""
+    return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+    thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Render a conversation as text.
+
+    The result is only text: a message that spells a special token is not told apart from the
+    template's own. To get ids, use `Tokenizer.apply_chat_template`, which does tell them apart.
+    `DataError` for an unknown role, a faulty template, or what the template itself refuses.
+    """
+    import jinja2
+
+    check_messages(messages)
+    try:
+        return _compile(template).render(
+            messages=list(messages),
+            bos_token=bos_token or "",
+            eos_token=eos_token or "",
+            add_generation_prompt=add_generation_prompt,
+            thinking=thinking,
+            enable_thinking=thinking,  # the name that Qwen's templates know
+            tools=list(tools) if tools else None,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
+        ) from error
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"the chat template refuses these messages: {error}") from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """`DataError` unless this is a list of at least one message with a known role each."""
+    if isinstance(messages, str | Mapping) or not messages:
+        raise DataError(
+            "messages must be a list with at least one message, such as "
+            '[{"role": "user", "content": "Hello"}]'
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"message {index} must be a mapping with a role, not {message!r:.80}")
+        if message["role"] not in ROLES:
+            raise unknown("role", message["role"], ROLES)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.parser
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks the assistant's part for other trainers; here it is its body."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
