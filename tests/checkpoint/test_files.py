@@ -108,9 +108,9 @@ def test_through_a_link(tmp_path):
     assert (tmp_path / "m" / "file").read_text() == "two"
 
 
-def test_this_system_exchanges_folders_in_one_step(tmp_path, way):
-    if way == "renames" or not sys.platform.startswith("linux"):
-        pytest.skip("about the exchange itself")
+@pytest.mark.parametrize("way", ["exchange"], indirect=True)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
+def test_folders_are_exchanged_in_one_step(tmp_path):
     (tmp_path / "a" / "of-a").mkdir(parents=True)
     (tmp_path / "b" / "of-b").mkdir(parents=True)
     assert files._exchange(tmp_path / "a", tmp_path / "b")

@@ -127,19 +127,27 @@ class _Batch:
         return places
 
 
-def _check_prompt(model: Transformer, number: int, prompt: Sequence[int]) -> None:
-    if not prompt:
-        raise ValueError(f"prompt {number} is empty: give at least one token")
+def check_tokens(model: Transformer, tokens: Sequence[int], what: str = "token_ids") -> None:
+    """Raise ValueError for no tokens, too many, or one outside the vocabulary."""
+    if not tokens:
+        raise ValueError(f"{what} is empty: give at least one token")
     limit = model.config.max_position_embeddings
-    if len(prompt) >= limit:
+    if len(tokens) > limit:
+        raise ValueError(f"{what} has {len(tokens)} tokens; the context holds {limit}")
+    vocabulary = model.config.vocab_size
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{what}: token id {token} is outside 0..{vocabulary - 1}")
+
+
+def _check_prompt(model: Transformer, number: int, prompt: Sequence[int]) -> None:
+    check_tokens(model, prompt, f"prompt {number}")
+    limit = model.config.max_position_embeddings
+    if len(prompt) == limit:
         raise ValueError(
             f"prompt {number} has {len(prompt)} tokens; the context holds {limit} "
             "and one must be free for the answer"
         )
-    vocabulary = model.config.vocab_size
-    for token in prompt:
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"prompt {number}: token id {token} is outside 0..{vocabulary - 1}")
 
 
 def _uniforms(seed: int, row: int) -> Iterator[float]:

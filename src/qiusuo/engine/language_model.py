@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qiusuo.checkpoint.files import CheckpointError
+from qiusuo.checkpoint.files import CheckpointError, restore_folder
 from qiusuo.checkpoint.huggingface import load_huggingface, save_huggingface
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.generate import generate
+from qiusuo.engine.generate import check_tokens, generate
 from qiusuo.engine.sampling import Sampling
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
@@ -43,6 +43,7 @@ class LanguageModel:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 logits [T, W] after each of these tokens."""
+        check_tokens(self.model, token_ids)
         tokens_BT = torch.tensor([list(token_ids)], device=self._device)
         return self.model.logits(self.model(tokens_BT).x_BTD)[0]
 
@@ -97,7 +98,9 @@ class LanguageModel:
             return ""
         if token_ids and token_ids[-1] in self.stop_ids:
             token_ids = token_ids[:-1]
-        return self.tokenizer.decode(token_ids)
+        # A vocabulary is often padded (V3's to 129,280): such rows have an id and no text.
+        known = self.tokenizer.vocab_size
+        return self.tokenizer.decode([token for token in token_ids if token < known])
 
 
 def load(
@@ -110,6 +113,8 @@ def load(
     ``dtype``: "float32", "bfloat16" or None for the type the weights were saved in.
     """
     folder = Path(path)
+    restore_folder(folder)
+    restore_folder(folder / "model")
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     if not folder.is_dir():

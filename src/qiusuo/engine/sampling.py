@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # B rows, W vocabulary.
+
+TINY = 1e-30  # temperatures below it are the same in float32
 
 
 @dataclass(frozen=True)
@@ -24,19 +27,23 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or a positive number, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in 0..2**64-1, not {self.seed}")
 
 
 def choose(logits_BW: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     """One token id per row [B]. ``uniforms``: a number in [0, 1) per row decides each draw."""
     if sampling.temperature == 0:
         return logits_BW.argmax(-1)
-    probs_BW = (logits_BW / sampling.temperature).softmax(-1)
+    # The largest is taken off first: a tiny temperature then overflows to -inf, never to inf.
+    below_BW = logits_BW - logits_BW.amax(-1, keepdim=True)
+    probs_BW = (below_BW / max(sampling.temperature, TINY)).softmax(-1)
     sorted_BW, ids_BW = probs_BW.sort(dim=-1, descending=True, stable=True)
     cumulative_BW = sorted_BW.cumsum(-1)
     # A token stays if the mass before it is still below top_p: the first always does.
