@@ -91,6 +91,10 @@ class LiveView:
         elif kind == "step" and self._is_time_to_tell():
             self._tell_step()
 
+    def set_total(self, total_steps: int) -> None:
+        """Change how many steps there are: a plan may be made while it trains."""
+        self._progress.total = total_steps
+
     def message(self, text: str) -> None:
         """Say `text` once, above the live picture or on a line of its own."""
         clean = _printable(text)

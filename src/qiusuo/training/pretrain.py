@@ -8,7 +8,9 @@ before it, so a run that was killed goes on with the same losses as one that was
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qiusuo.data.loader import Batch
+from qiusuo.data.batch import Batch
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.cost import measure
 from qiusuo.training.balance import ExpertLoad
@@ -60,7 +62,7 @@ class Pretraining:
             self.forward = torch.compile(language_model_losses, dynamic=False)
         self.flops_per_token = measure(state.model.config).training_flops(stage.sequence_length)
         self.peak = matmul_peak(self.dtype, self.device.type)
-        self.resumed_at = state.step
+        self.paces: deque[float] = deque(maxlen=PACE_STEPS)
 
     def run(self, after_step: Callable[[], bool]) -> None:
         """Step to the stage's end. ``after_step`` is called between steps, when the state is
@@ -75,6 +77,7 @@ class Pretraining:
             state.run_step += 1
             state.tokens += result.tokens
             state.seconds += seconds
+            self.paces.append(seconds)
             self.record(self.log_record(result, seconds))
             self.load.update_biases(self.stage.balance.bias_update_speed)
             if self.stage.minutes is not None and state.step == PACE_STEPS:
@@ -147,8 +150,8 @@ class Pretraining:
         return norm
 
     def plan(self, minutes: float) -> int:
-        """Steps that fit into ``minutes``, from the pace so far (the first step not counted)."""
-        pace = self.state.seconds / self.state.step
+        """Steps that fit into ``minutes`` at the median pace so far."""
+        pace = statistics.median(self.paces)
         return max(PACE_STEPS + 1, min(self.stage.steps, int(minutes * 60 / pace)))
 
     def log_record(self, result: StepResult, seconds: float) -> dict[str, Any]:

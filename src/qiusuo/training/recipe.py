@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,11 @@ class DataSection(Section):
     fill_in_the_middle: float = Field(0.0, ge=0, le=1)
     deduplicate: Literal["none", "exact", "near"] = "none"
     isolate_documents: bool = False
+
+    @property
+    def duplicate_threshold(self) -> float | None:
+        """Similarity from which a document counts as a copy of an earlier one."""
+        return {"none": None, "exact": 1.0, "near": 0.8}[self.deduplicate]
 
 
 class OptimizerSection(Section):
@@ -134,9 +140,15 @@ class PretrainStage(Section):
 
 
 class Recipe(Section):
+    """``save_dtype``: the type of the finished model's weights. ``license`` and ``languages`` go
+    onto the model card."""
+
     name: str
     description: str = ""
+    license: str = "mit"
+    languages: tuple[str, ...] = ()
     seed: int = 1
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     model: dict[str, Any]
     tokenizer: TokenizerSection = TokenizerSection()
     stages: tuple[PretrainStage, ...] = Field(min_length=1)
@@ -167,14 +179,28 @@ class Recipe(Section):
         raise RecipeError(f"no stage {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
 
 
-def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and check a recipe. ``overrides``: "a.b=c" with TOML values, stages by name or number."""
-    path = Path(path)
+def built_in_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("qiusuo") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and check a recipe, the user's own by path or a built-in one by name.
+
+    ``overrides``: "a.b=c" with TOML values, stages by name or number.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        known = built_in_recipes()
+        if str(name_or_path) not in known:
+            near = _nearest(path.stem, [*known, *(str(p) for p in path.parent.glob("*.toml"))])
+            raise RecipeError(
+                f"no recipe at {path}{near}; built in are {', '.join(known)}"
+            )
+        path = known[str(name_or_path)]
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = _nearest(path.stem, [p.stem for p in path.parent.glob("*.toml")])
-        raise RecipeError(f"no recipe at {path}{near}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     for override in overrides or []:

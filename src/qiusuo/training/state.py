@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from qiusuo.checkpoint.training_state import load_state, save_state
+from qiusuo.checkpoint.training_state import save_state
 from qiusuo.data.loader import Loader
 from qiusuo.model.transformer import Transformer
 
@@ -39,12 +39,16 @@ class StageState:
         }
         save_state(folder, content)
 
-    def restore(self, folder: Path) -> None:
-        """Take over a checkpoint of this stage. Raises CheckpointError where it does not fit."""
-        content = load_state(folder)
+    def take_over(self, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint's content: of this stage all of it, of an earlier one the
+        weights and what counts over the whole run."""
         self.model.load_state_dict(content["model"])
+        self.run_step, self.tokens, self.seconds = (
+            content[name] for name in ("run_step", "tokens", "seconds")
+        )
+        if content["stage"] != self.stage:
+            return
+        self.step, self.planned = content["step"], content["planned"]
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.loader.load_state_dict(content["loader"])
-        for name in self._COUNTERS:
-            setattr(self, name, content[name])

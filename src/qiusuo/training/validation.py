@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qiusuo.data.loader import Batch, validation_batches
+from qiusuo.data.batch import Batch
 from qiusuo.data.shards import Shards
+from qiusuo.data.validation import validation_batches
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.balance import ExpertLoad
@@ -45,7 +46,7 @@ def validate(
     """Every token of the splits is predicted once (of each, the first ``limit_tokens``)."""
     depth = model.config.num_nextn_predict_layers
     totals, load = _Totals(depth), ExpertLoad(model)
-    characters_per_token = _characters(splits) / sum(shards.token_count for shards in splits)
+    characters_per_token = sum(s.characters for s in splits) / sum(s.tokens for s in splits)
     for shards in splits:
         batches: Iterable[Batch] = validation_batches(
             shards,
@@ -96,6 +97,3 @@ def _likeliest(model: Transformer, x_BTD: Tensor) -> Tensor:
     """Greedy token of every place [B, T], one sequence's logits in memory at a time."""
     return torch.stack([model.logits(x_TD).argmax(-1) for x_TD in x_BTD])
 
-
-def _characters(splits: list[Shards]) -> int:
-    return sum(shards.character_count for shards in splits)

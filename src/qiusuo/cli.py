@@ -1,0 +1,154 @@
+"""The command line: words for what the rooms do, and no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qiusuo.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Qiusuo (求索): the whole DeepSeek recipe, from text to a model you own.",
+)
+
+RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key: --set stages.pretrain.steps=100 (repeatable)."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qiusuo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+@app.command()
+def quickstart(
+    fresh: Annotated[bool, typer.Option(help="Start over instead of going on.")] = False,
+    run: RunOption = None,
+    recipe: Annotated[str, typer.Option(help="A recipe's name or path.")] = "quickstart",
+    set_: SetOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train a small DeepSeek-V3 on the built-in text and let it write; goes on when run again."""
+    from qiusuo.quickstart import quickstart as start
+    from qiusuo.training.recipe import read_recipe
+
+    read = read_recipe(recipe, set_)
+    path = run or Path("runs") / read.name
+    if not start(read, path, fresh, device):
+        typer.echo("Stopped and saved. Go on with: make run, or qiusuo quickstart")
+        raise typer.Exit(130)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's path or built-in name.")] = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run.")] = False,
+    stage: Annotated[str | None, typer.Option(help="Live only this stage.")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Live a recipe: train its stages in a run folder."""
+    from qiusuo.runs.folder import default_run_path
+    from qiusuo.training import train as living
+    from qiusuo.training.recipe import RecipeError, read_recipe
+
+    if resume:
+        if run is None:
+            raise RecipeError("--resume needs --run FOLDER: the run to go on with")
+        if recipe is not None or set_:
+            raise RecipeError("a resumed run has its own recipe: give neither RECIPE nor --set")
+        read, folder = living.resume_run(run)
+    else:
+        if recipe is None:
+            raise RecipeError("give a RECIPE, or --resume --run FOLDER")
+        read = read_recipe(recipe, set_)
+        folder = living.start_run(read, run or default_run_path(read.name))
+    with folder:
+        finished = living.train(read, folder, device=device, only_stage=stage)
+    typer.echo(f"Run folder   {folder.path}")
+    if folder.report_path.is_file():
+        typer.echo(f"Report       {folder.report_path}")
+    if not finished:
+        typer.echo(f"Stopped and saved. Go on with: qiusuo train --resume --run {folder.path}")
+        raise typer.Exit(130)
+
+
+@app.command()
+def pull(
+    name: Annotated[str | None, typer.Argument(help="What to fetch; without it: a list.")] = None,
+) -> None:
+    """Fetch a known corpus, pinned by version and sha256."""
+    from qiusuo.data.catalogue import catalogue
+    from qiusuo.data.pull import pull as fetch
+    from qiusuo.terminal import show_download
+
+    if name is None:
+        for entry in catalogue().values():
+            typer.echo(f"{entry.name:22} {entry.summary} ({entry.licence})")
+        return
+    with show_download(name) as progress:
+        path = fetch(name, progress=progress)
+    typer.echo(f"{name} is in {path}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model folder, a config.json or a recipe.")],
+    context: Annotated[int | None, typer.Option(help="Tokens of context to plan for.")] = None,
+) -> None:
+    """Say what a model costs: parameters, active parameters, cache and memory, without weights."""
+    from qiusuo.terminal import show_cost
+
+    show_cost(model, context)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Draw the run's report.html anew."""
+    from qiusuo.runs.report import write_report
+
+    typer.echo(write_report(run))
+
+
+def main() -> None:
+    """Errors that a user can mend are one message; anything else keeps its traceback."""
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _mendable()):
+            raise
+        print(f"qiusuo: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    from qiusuo.checkpoint.files import CheckpointError
+    from qiusuo.data.errors import DataError
+    from qiusuo.model.config import ConfigError
+    from qiusuo.runs.durable import RunError
+    from qiusuo.training.pretrain import TrainingError
+    from qiusuo.training.recipe import RecipeError
+
+    return CheckpointError, ConfigError, DataError, RecipeError, RunError, TrainingError, OSError

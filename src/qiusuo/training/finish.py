@@ -1,0 +1,105 @@
+"""What a finished run leaves behind: the model, the facts about it, its card and its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qiusuo.checkpoint.huggingface import save_huggingface
+from qiusuo.data.corpora import open_corpus
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.cost import measure
+from qiusuo.model.transformer import Transformer
+from qiusuo.runs.card import write_model_card
+from qiusuo.runs.durable import RunError
+from qiusuo.runs.folder import RunFolder
+from qiusuo.runs.report import write_report
+from qiusuo.runs.summary import write_summary
+from qiusuo.training.recipe import PretrainStage, Recipe
+from qiusuo.training.state import StageState
+from qiusuo.training.validation import Validation
+
+CACHE_BYTES = 2  # the cache of a served model is bf16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``report_missing``: why there is no report, where there is none."""
+
+    validation: Validation | None
+    report_missing: str | None
+
+
+def finish_run(
+    run: RunFolder,
+    recipe: Recipe,
+    stage: PretrainStage,
+    state: StageState,
+    tokenizer: Tokenizer,
+    validation: Validation | None,
+) -> Outcome:
+    """Write model, summary, card and report of a run whose last stage is done."""
+    dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
+    save_huggingface(state.model, run.model_path, dtype=dtype, tokenizer=tokenizer)
+    write_summary(run.path, facts(recipe, stage, state, validation))
+    run.set_status(
+        "finished", stage=stage.name, step=state.run_step, steps=state.run_step
+    )
+    write_model_card(run.path, run.model_path)
+    return Outcome(validation, draw_report(run))
+
+
+def draw_report(run: RunFolder) -> str | None:
+    """Draw report.html; the reason where it cannot be drawn."""
+    try:
+        write_report(run.path)
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def facts(
+    recipe: Recipe, stage: PretrainStage, state: StageState, validation: Validation | None
+) -> dict[str, Any]:
+    """The table of a run, label to value with its unit."""
+    cost = measure(state.model.config)
+    latent, expanded = cost.cache_elements, cost.expanded_cache_elements
+    table: dict[str, Any] = {
+        "Parameters": cost.parameters + cost.mtp_parameters,
+        "Active parameters": cost.active,
+        "Tokens seen": state.tokens,
+        "Training time": {"value": round(state.seconds, 1), "unit": "s"},
+    }
+    if validation is not None:
+        table |= _measured(state.model, validation)
+    table["Cache per token"] = {"value": latent * CACHE_BYTES, "unit": "bytes in bf16"}
+    table["Cache per token with MHA"] = {"value": expanded * CACHE_BYTES, "unit": "bytes in bf16"}
+    table["Cache saved by MLA"] = {"value": round(expanded / latent, 1), "unit": "times"}
+    table["License"] = recipe.license
+    if recipe.languages:
+        table["Languages"] = list(recipe.languages)
+    table["Data"] = [
+        {"name": corpus.name, "license": corpus.licence, "source": corpus.source}
+        for corpus in (open_corpus(entry.source) for entry in stage.data.corpora)
+    ]
+    return table
+
+
+def _measured(model: Transformer, validation: Validation) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "Validation loss": {"value": round(validation.loss, 4), "unit": "nats per token"},
+        "Validation": {
+            "value": round(validation.bits_per_character, 4),
+            "unit": "bits per character",
+        },
+        "Validation tokens": validation.tokens,
+    }
+    if validation.load.counts:
+        worst = max(validation.load.max_violation().values())
+        table["Busiest expert above its share"] = {"value": round(100 * worst), "unit": "%"}
+    for depth, agreement in enumerate(validation.mtp_agreement):
+        which = f" (module {depth + 1})" if len(validation.mtp_agreement) > 1 else ""
+        table[f"MTP agreement{which}"] = {"value": round(100 * agreement, 1), "unit": "%"}
+    return table

@@ -1,0 +1,289 @@
+"""Living a recipe: its stages one after the other in one run folder.
+
+Whatever stops it (Ctrl-C, kill -9, a full disk, a loss that is not finite), the run folder keeps
+the last whole checkpoint, and ``resume`` goes on from it as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from qiusuo.checkpoint.training_state import load_state
+from qiusuo.data.loader import Loader
+from qiusuo.data.prepare import PreparedData, prepare_corpus
+from qiusuo.data.pull import cache_folder
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.engine.language_model import LanguageModel
+from qiusuo.model.transformer import Transformer
+from qiusuo.runs.console import LiveView
+from qiusuo.runs.durable import RunError
+from qiusuo.runs.folder import RunFolder
+from qiusuo.runs.log import RunLog
+from qiusuo.training.finish import draw_report, finish_run
+from qiusuo.training.optimizers import build_optimizers
+from qiusuo.training.pretrain import Pretraining
+from qiusuo.training.recipe import PretrainStage, Recipe, parse_recipe
+from qiusuo.training.state import StageState
+from qiusuo.training.validation import Validation, validate
+from qiusuo.version import __version__
+
+
+def start_run(recipe: Recipe, path: Path) -> RunFolder:
+    """A new run folder that holds the recipe as resolved."""
+    return RunFolder.create(path, recipe.model_dump(mode="json"), version=__version__)
+
+
+def resume_run(path: Path) -> tuple[Recipe, RunFolder]:
+    """An existing run folder, to go on where its last checkpoint is."""
+    run = RunFolder.open(path)
+    run.record_resumption(__version__)
+    return parse_recipe(run.recipe, where=str(path / "recipe.toml")), run
+
+
+def train(
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    device: str = "cpu",
+    only_stage: str | None = None,
+) -> bool:
+    """Live the recipe from the run's last checkpoint on. False where it was interrupted.
+
+    Raises TrainingError, RunError, DataError or CheckpointError with the run marked as failed and
+    its last checkpoint intact.
+    """
+    if only_stage is not None:
+        recipe.stage(only_stage)
+    life: _StageLife | None = None
+    try:
+        for stage in _stages_left(recipe, _last_state(run)):
+            if only_stage not in (None, stage.name):
+                continue
+            life = _StageLife(recipe, stage, run, device)
+            if not life.live(last=stage is recipe.stages[-1]):
+                return False
+    except (KeyboardInterrupt, Exception) as error:
+        _mark(run, life, error)
+        raise
+    return True
+
+
+def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[PretrainStage, ...]:
+    if checkpoint is None:
+        return recipe.stages
+    current = recipe.stage(checkpoint["stage"])
+    done = checkpoint["step"] >= checkpoint["planned"] and current is not recipe.stages[-1]
+    return recipe.stages[recipe.stages.index(current) + done :]
+
+
+def _mark(run: RunFolder, life: _StageLife | None, error: BaseException) -> None:
+    """Say in the folder why the run stopped; a disk that is full may refuse even that."""
+    stopped: Any = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    place = {} if life is None else life.place()
+    try:
+        run.set_status(stopped, **place, error=str(error) or type(error).__name__)
+        draw_report(run)
+    except (RunError, OSError):
+        return
+
+
+def _last_state(run: RunFolder) -> dict[str, Any] | None:
+    latest = run.latest_checkpoint()
+    return None if latest is None else load_state(latest[1])
+
+
+class _StageLife:
+    """One stage in its run folder: data and model made ready, then steps until it is done."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: PretrainStage,
+        run: RunFolder,
+        device: str,
+    ) -> None:
+        self.recipe, self.stage, self.run = recipe, stage, run
+        self.data = prepare(recipe, stage)
+        model = build_model(recipe, self.data.tokenizer).to(device)
+        self.state = StageState(
+            model,
+            build_optimizers(model, stage.optimizer),
+            Loader(
+                self.data.train,
+                batch_size=stage.batch_size,
+                sequence_length=stage.sequence_length,
+                lookahead=model.config.num_nextn_predict_layers,
+                seed=recipe.seed,
+            ),
+            stage.name,
+            stage.steps,
+        )
+        checkpoint = _last_state(run)
+        if checkpoint is not None:
+            self.state.take_over(checkpoint)
+        self.saved_at = self.state.run_step if checkpoint is not None else -1
+        self.last_validation: Validation | None = None
+
+    def place(self) -> dict[str, Any]:
+        """Where the run stands, as its status says it."""
+        state = self.state
+        steps = state.run_step - state.step + state.planned
+        return {"stage": state.stage, "step": state.run_step, "steps": steps}
+
+    def live(self, last: bool) -> bool:
+        """Train to the stage's end; false where someone stopped it."""
+        run, state = self.run, self.state
+        with run.open_log() as log, run.open_samples() as samples, _Stop() as stop:
+            log.truncate_after(state.run_step)
+            samples.truncate_after(state.run_step)
+            title = f"{self.recipe.name}: {self.stage.name}"
+            with LiveView(self.place()["steps"], title, start_step=state.run_step) as view:
+                self.log, self.samples, self.view, self.stop = log, samples, view, stop
+                Pretraining(self.stage, state, self.note).run(self.after_step)
+                finished = state.step >= state.planned
+                if finished:
+                    self.look(limit=None)
+                self.checkpoint()
+        if finished and last:
+            outcome = finish_run(
+                run, self.recipe, self.stage, state, self.data.tokenizer, self.last_validation
+            )
+            if outcome.report_missing:
+                print(f"report.html was not drawn: {outcome.report_missing}")
+        elif not finished:
+            run.set_status("interrupted", **self.place())
+            draw_report(run)
+        return finished
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.log.append(record)
+        self.view.update(record)
+
+    def after_step(self) -> bool:
+        """Between steps: look, save, or stop. True to stop."""
+        stage, state = self.stage, self.state
+        place = self.place()
+        self.view.set_total(place["steps"])
+        self.run.set_status("running", **place)
+        if state.step < state.planned:
+            if stage.validation_steps and state.step % stage.validation_steps == 0:
+                self.look(limit=stage.validation_tokens)
+            if state.step % stage.checkpoint_steps == 0:
+                self.checkpoint()
+        return self.stop.asked
+
+    def look(self, limit: int | None) -> None:
+        """Validate, and let the model write."""
+        stage, state = self.stage, self.state
+        dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
+        device = state.model.lm_head.weight.device.type
+        if self.data.validation:
+            with torch.autocast(device, dtype, dtype != torch.float32):
+                seen = validate(
+                    state.model,
+                    self.data.validation,
+                    batch_size=stage.micro_batch_size or stage.batch_size,
+                    sequence_length=stage.sequence_length,
+                    isolate=stage.data.isolate_documents,
+                    limit_tokens=limit,
+                )
+            self.last_validation = seen
+            record: dict[str, Any] = {
+                "kind": "validation",
+                "step": state.run_step,
+                "loss": seen.loss,
+                "bits_per_character": seen.bits_per_character,
+                "tokens": seen.tokens,
+                "seconds": state.seconds,
+            }
+            if seen.mtp_agreement:
+                record["mtp_agreement"] = seen.mtp_agreement[0]
+            self.note(record)
+        for record in write_samples(state.model, self.data.tokenizer, stage):
+            sample = {"kind": "sample", "step": state.run_step, **record}
+            self.samples.append(sample)
+            self.view.update(sample)
+
+    def checkpoint(self) -> None:
+        state = self.state
+        if state.run_step == self.saved_at:
+            return
+        with self.run.new_checkpoint(state.run_step) as folder:
+            state.save(folder)
+        self.saved_at = state.run_step
+        self.run.prune(keep=2)
+
+
+def prepare(recipe: Recipe, stage: PretrainStage) -> PreparedData:
+    """The stage's corpora as token shards, made once and kept in the cache."""
+    data = stage.data
+    return prepare_corpus(
+        [(entry.source, entry.weight) for entry in data.corpora],
+        recipe.tokenizer.spec(),
+        cache_folder() / "prepared" / f"{recipe.name}-{stage.name}",
+        validation_fraction=data.validation_fraction,
+        deduplicate=data.duplicate_threshold,
+        fim_rate=data.fill_in_the_middle,
+        seed=recipe.seed,
+        progress=print,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
+    """The recipe's model with random weights from its seed."""
+    config = recipe.model_for(
+        tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    model = Transformer(config)
+    model.initialize(torch.Generator().manual_seed(recipe.seed))
+    return model
+
+
+def write_samples(
+    model: Transformer, tokenizer: Tokenizer, stage: PretrainStage
+) -> Iterator[dict[str, str]]:
+    """What the model writes after each prompt of the stage."""
+    settings = stage.samples
+    if not settings.prompts:
+        return
+    completions = LanguageModel(model, tokenizer).generate(
+        list(settings.prompts),
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+    )
+    for prompt, completion in zip(settings.prompts, completions, strict=True):
+        yield {"prompt": prompt, "continuation": completion.text}
+
+
+class _Stop:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop meets between two steps; the
+    second works as usual."""
+
+    asked = False
+
+    def __enter__(self) -> _Stop:
+        self.former = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *details: object) -> None:
+        self.restore()
