@@ -35,7 +35,7 @@ def test_value_is_the_equation():
     x, weight = normal(3, 7, seed=2), normal(7, seed=3)
     for row in range(3):
         mean = sum(float(v) ** 2 for v in x[row]) / 7
-        expected = [float(v) / (mean + 0.01) ** 0.5 * float(w) for v, w in zip(x[row], weight, strict=True)]
+        expected = (x[row] / (mean + 0.01) ** 0.5 * weight).tolist()
         for norm in (rms_norm, rms_norm_reference):
             assert norm(x, weight, 0.01)[row].tolist() == pytest.approx(expected, rel=1e-5)
 

@@ -19,6 +19,12 @@ MORE: dict[str, dict[str, object]] = {
     "one-of-two-groups": {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
     "wide-values": {"v_head_dim": 24},
     "other-theta": {"rope_theta": 37.0},
+    "yarn-long-ramp": {
+        "rope_theta": 37.0,
+        "rope_scaling": YarnScaling(
+            factor=6.0, original_max_position_embeddings=40, beta_fast=4.0, beta_slow=0.5
+        ),
+    },
     "yarn-two-magnitudes": {
         "rope_scaling": YarnScaling(
             factor=6.0,

@@ -121,10 +121,12 @@ def test_scores_are_float32_under_autocast_and_with_bfloat16_weights():
         again = made(x_MD)
     assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True))
     half = router([0.0] * 8)
-    half.weight.data = half.weight.data.bfloat16()
+    weight_ED = torch.randn(8, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    half.weight.data = weight_ED
     routing = half(x_MD.bfloat16())
     assert routing.scores_ME.dtype == routing.weights_MK.dtype == torch.float32
-    torch.testing.assert_close(routing.scores_ME, x_MD.bfloat16().float().sigmoid())
+    expected = (x_MD.bfloat16().double() @ weight_ED.double().T).sigmoid()
+    torch.testing.assert_close(routing.scores_ME.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_v2_has_no_bias_and_v3s_is_a_float32_buffer():
