@@ -11,6 +11,7 @@ from qiusuo.model.config import ConfigError, ModelConfig, YarnScaling
 from tests.model.shapes import tiny_config
 from tests.model.test_published import V2, V2_LITE, V3
 
+YARN = V3["rope_scaling"]
 positive = st.integers(1, 300)
 reals = st.floats(1e-3, 1e3)
 
@@ -122,6 +123,27 @@ def test_silent_v2_config_means_v2s_defaults():
     assert (config.routed_scaling_factor, config.first_k_dense_replace) == (1.0, 0)
 
 
+def test_silent_v3_config_means_v3s_defaults():
+    """Groups that are not spoken of are V3's eight, not one: another router altogether."""
+    config = ModelConfig.from_hf({"model_type": "deepseek_v3"})
+    assert (config.n_routed_experts, config.n_shared_experts) == (256, 1)
+    assert (config.n_group, config.topk_group) == (8, 4)
+    assert config.num_nextn_predict_layers == 0
+
+
+def test_null_says_none_of_it():
+    dense = dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok"))
+    for raw in (V3, V2):
+        config = ModelConfig.from_hf(raw | dense | {"n_group": None, "topk_group": None})
+        assert (config.n_routed_experts, config.n_shared_experts, config.n_group) == (0, 0, 1)
+        assert not config.is_moe_layer(99)
+
+
+def test_unknown_rope_key_of_a_config_is_named():
+    with pytest.warns(UserWarning, match="'mscales'; did you mean 'mscale'"):
+        ModelConfig.from_hf(V3 | {"rope_scaling": YARN | {"mscales": 1.0}})
+
+
 def test_unknown_key_of_a_config_is_named():
     with pytest.warns(UserWarning, match="sliding_window"):
         ModelConfig.from_hf(V3 | {"sliding_window": 4096})
@@ -146,9 +168,28 @@ def test_unknown_key_of_a_config_is_named():
         ({"num_experts_per_tok": 0}, "num_experts_per_tok 0"),
         ({"n_group": 256, "topk_group": 16}, "two best experts"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
-        ({"hidden_size": 0}, "hidden_size must be a positive whole number, not 0"),
-        ({"hidden_size": 7168.5}, "hidden_size must be a positive whole number"),
-        ({"vocab_size": "129280"}, "vocab_size must be a positive whole number"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number, positive, not 0"),
+        ({"hidden_size": 7168.5}, "hidden_size must be a whole number"),
+        ({"vocab_size": "129280"}, "vocab_size must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
+        ({"topk_group": 1.5}, "topk_group must be a whole number"),
+        ({"num_experts_per_tok": 2.0}, "num_experts_per_tok must be a whole number"),
+        ({"n_shared_experts": -1}, "n_shared_experts must be a whole number, not negative"),
+        ({"n_routed_experts": -8}, "n_routed_experts"),
+        ({"n_group": -1}, "n_group must be a whole number, positive"),
+        ({"first_k_dense_replace": -2}, "first_k_dense_replace"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, positive, not '1e-6'"),
+        ({"rope_theta": 0}, "rope_theta must be a number, positive, not 0"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor"),
+        ({"norm_topk_prob": "no"}, "norm_topk_prob must be true or false, not 'no'"),
+        ({"q_lora_rank": 1.5}, "q_lora_rank must be a whole number"),
+        ({"rope_interleave": False}, "rope_interleave must be True"),
+        ({"rope_scaling": YARN | {"factor": 0}}, r"rope_scaling\.factor must be a number"),
+        ({"rope_scaling": YARN | {"beta_fast": "x"}}, r"rope_scaling\.beta_fast"),
+        ({"rope_scaling": YARN | {"mscale": -1}}, r"rope_scaling\.mscale"),
+        ({"rope_scaling": YARN | {"attention_factor": 2.0}}, "attention_factor 2.0 is not supp"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate False is not supported"),
         ({"q_lora_rank": -1}, "q_lora_rank"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
     ],
@@ -209,3 +250,11 @@ def test_misspelt_recipe_key_names_the_nearest(wrong, right):
 def test_recipe_key_like_no_other_is_named_too():
     with pytest.raises(ConfigError, match=r"has no key 'xyzzy'$"):
         ModelConfig.from_recipe({"xyzzy": 8})
+
+
+def test_misspelt_rope_key_of_a_recipe_names_the_nearest():
+    yarn = {"factor": 4, "original_max_position_embeddings": 128, "mscale_all_dims": 1.0}
+    with pytest.raises(ConfigError, match="'mscale_all_dims'; did you mean 'mscale_all_dim'"):
+        ModelConfig.from_recipe({"rope_scaling": yarn})
+    with pytest.raises(ConfigError, match="rope_scaling must be a table, not 'yarn'"):
+        ModelConfig.from_recipe({"rope_scaling": "yarn"})

@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _IGNORED_HF_KEYS = frozenset(
     """_name_or_path architectures attention_dropout auto_map aux_loss_alpha dtype ep_size
     head_dim id2label is_decoder label2id num_experts num_key_value_heads num_local_experts
     output_router_logits pad_token_id pretraining_tp qk_head_dim quantization_config
-    return_dict rope_interleave seq_aux torch_dtype transformers_version use_cache
+    return_dict seq_aux torch_dtype transformers_version use_cache
     tokenizer_class chunk_size_feed_forward is_encoder_decoder output_attentions
     output_hidden_states problem_type""".split()
 )
@@ -37,7 +38,15 @@ _FIXED_HF_KEYS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "moe_layer_freq": (1,),
+    "rope_interleave": (True, None),
 }
+# The same inside rope_scaling; the other keys that may stand there are YarnScaling's and these.
+_FIXED_ROPE_KEYS: dict[str, tuple[Any, ...]] = {
+    "attention_factor": (None,),
+    "partial_rotary_factor": (1, None),
+    "truncate": (True, None),
+}
+_OTHER_ROPE_KEYS = frozenset(("type", "rope_type", "rope_theta"))
 
 
 class ConfigError(ValueError):
@@ -54,6 +63,11 @@ class YarnScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rope_scaling.", ("original_max_position_embeddings",), whole=True)
+        _check_numbers(self, "rope_scaling.", ("factor", "beta_fast", "beta_slow"))
+        _check_numbers(self, "rope_scaling.", ("mscale", "mscale_all_dim"), least=0)
 
     def magnitude(self, mscale: float) -> float:
         """``0.1·mscale·ln(factor) + 1``; 1 where nothing is extended or mscale is absent."""
@@ -124,7 +138,7 @@ class ModelConfig:
         return scale
 
     def is_moe_layer(self, layer: int) -> bool:
-        """MTP layers (numbers from ``num_hidden_layers`` on) are MoE blocks wherever experts exist."""
+        """The first layers are dense; MTP modules count on from ``num_hidden_layers``."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     # -- config.json ----------------------------------------------------------------------
@@ -146,10 +160,9 @@ class ModelConfig:
         _read_rope(raw)
         if "num_mtp_layers" in raw:
             raw.setdefault("num_nextn_predict_layers", raw.pop("num_mtp_layers"))
-        for optional in ("n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"):
-            raw[optional] = raw.get(optional) or 0
-        for optional in ("n_group", "topk_group"):
-            raw[optional] = raw.get(optional) or 1
+        for key, none in _NONE_MEANS.items():
+            if key in raw:
+                raw[key] = raw[key] or none
         if isinstance(raw.get("eos_token_id"), list):
             raw["eos_token_id"] = tuple(raw["eos_token_id"])
         defaults = _HF_DEFAULTS[model_type]
@@ -157,7 +170,8 @@ class ModelConfig:
         unknown = sorted(set(raw) - fields - _IGNORED_HF_KEYS)
         if unknown:
             warnings.warn(f"config.json keys not used here: {', '.join(unknown)}", stacklevel=2)
-        return cls(**{**defaults, **{key: raw[key] for key in raw if key in fields}})
+        said = {k: v for k, v in raw.items() if k in fields and (v is not None or k in _NULLABLE)}
+        return cls(**{**defaults, **said})
 
     def to_hf(self) -> dict[str, Any]:
         """The dict to write as config.json: what DeepSeek's own files say, nothing implied."""
@@ -205,7 +219,7 @@ class ModelConfig:
                 raise ConfigError(f"[model] has no key {key!r}{hint}")
         table = dict(table)
         if isinstance(table.get("rope_scaling"), dict):
-            table["rope_scaling"] = _yarn(table["rope_scaling"])
+            table["rope_scaling"] = _yarn(table["rope_scaling"], strict=True)
         if table.get("q_lora_rank") == 0:  # TOML has no null
             table["q_lora_rank"] = None
         if isinstance(table.get("eos_token_id"), list):
@@ -213,15 +227,28 @@ class ModelConfig:
         return cls(**table)
 
 
-# What Hugging Face's own classes assume where a config.json is silent.
+# What DeepSeek's own classes assume where a config.json is silent; V3's are ModelConfig's.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
     "deepseek_v2": {
+        "n_routed_experts": 0,
+        "n_shared_experts": 0,
+        "n_group": 1,
+        "topk_group": 1,
         "norm_topk_prob": False,
         "routed_scaling_factor": 1.0,
         "first_k_dense_replace": 0,
     },
 }
+# What null (or zero groups) says there. Elsewhere null is the default, but for these fields.
+_NONE_MEANS = {
+    "n_routed_experts": 0,
+    "n_shared_experts": 0,
+    "num_nextn_predict_layers": 0,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_NULLABLE = ("q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id")
 
 
 def _read_rope(raw: dict[str, Any]) -> None:
@@ -234,15 +261,28 @@ def _read_rope(raw: dict[str, Any]) -> None:
     raw["rope_scaling"] = _yarn(scaling) if scaling else None
 
 
-def _yarn(table: dict[str, Any]) -> YarnScaling | None:
+def _yarn(table: dict[str, Any], strict: bool = False) -> YarnScaling | None:
+    """``strict``: an unknown key is an error, as in a recipe, and not only a warning."""
     kind = table.get("rope_type", table.get("type", "yarn"))
     if kind == "default":
         return None
     if kind != "yarn":
         raise ConfigError(f"rope_scaling type {kind!r} is not supported; expected 'yarn'")
     fields = {field.name for field in dataclasses.fields(YarnScaling)}
+    for key, allowed in _FIXED_ROPE_KEYS.items():
+        if table.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"rope_scaling.{key} {table[key]!r} is not supported; leave it out")
+    for key in sorted(set(table) - fields - set(_FIXED_ROPE_KEYS) - _OTHER_ROPE_KEYS):
+        near = difflib.get_close_matches(key, fields, 1)
+        message = f"rope_scaling has no key {key!r}" + (
+            f"; did you mean {near[0]!r}?" if near else ""
+        )
+        if strict:
+            raise ConfigError(message)
+        warnings.warn(message, stacklevel=4)
+    said = {key: value for key, value in table.items() if key in fields and value is not None}
     try:
-        return YarnScaling(**{key: value for key, value in table.items() if key in fields})
+        return YarnScaling(**said)
     except TypeError as error:
         raise ConfigError(f"rope_scaling: {error}") from error
 
@@ -261,23 +301,43 @@ def _check_router_method(raw: dict[str, Any], model_type: str) -> None:
         raw["n_group"] = raw["topk_group"] = 1
 
 
+def _check_numbers(
+    holder: Any, prefix: str, keys: Iterable[str], whole: bool = False, least: int | None = None
+) -> None:
+    """Every key above zero, or at least ``least``."""
+    for key in keys:
+        value = getattr(holder, key)
+        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not right or not (value > 0 if least is None else value >= least) or value == math.inf:
+            kind = "positive" if least is None else "not negative"
+            raise ConfigError(
+                f"{prefix}{key} must be a {'whole ' if whole else ''}number, {kind}, not {value!r}"
+            )
+
+
 def _check_sizes(config: ModelConfig) -> None:
     if config.model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type {config.model_type!r} is not one of {MODEL_TYPES}")
-    positive = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-        kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"""
-    for key in positive.split():
-        value = getattr(config, key)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key} must be a positive whole number, not {value!r}")
-    if config.q_lora_rank is not None and config.q_lora_rank < 1:
-        raise ConfigError("q_lora_rank must be positive, or absent for one full projection")
+    sizes = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings
+        n_group topk_group"""
+    counts = """n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size
+        first_k_dense_replace num_nextn_predict_layers"""
+    _check_numbers(config, "", sizes.split(), whole=True)
+    _check_numbers(config, "", counts.split(), whole=True, least=0)
+    reals = "rms_norm_eps rope_theta routed_scaling_factor initializer_range"
+    _check_numbers(config, "", reals.split())
+    for key in ("norm_topk_prob", "tie_word_embeddings"):
+        if not isinstance(getattr(config, key), bool):
+            raise ConfigError(f"{key} must be true or false, not {getattr(config, key)!r}")
+    if not isinstance(config.rope_scaling, YarnScaling | None):
+        raise ConfigError(f"rope_scaling must be a table, not {config.rope_scaling!r}")
+    if config.q_lora_rank is not None:
+        _check_numbers(config, "", ("q_lora_rank",), whole=True)
     if config.qk_rope_head_dim % 2:
         raise ConfigError(
             f"qk_rope_head_dim {config.qk_rope_head_dim} must be even: RoPE turns pairs"
         )
-    if config.num_nextn_predict_layers < 0:
-        raise ConfigError("num_nextn_predict_layers must be 0 or more")
 
 
 def _check_experts(config: ModelConfig) -> None:
