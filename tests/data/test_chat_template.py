@@ -110,7 +110,9 @@ def test_other_models_templates() -> None:
         {"role": "user", "content": " a "},
         {"role": "assistant", "content": "<think>x</think>\nb"},
     ]
-    text = render_chat(CHATML, messages, bos_token=None, eos_token="<|im_end|>", tools=[{"a": "中"}])
+    text = render_chat(
+        CHATML, messages, bos_token=None, eos_token="<|im_end|>", tools=[{"a": "中"}]
+    )
     assert text == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         '[{"a": "中"}]<|im_start|>assistant\n'
@@ -138,7 +140,9 @@ def test_without_markers_ids_are_those_of_the_text(bpe: Tokenizer) -> None:
 
 
 PIECES = st.lists(
-    st.sampled_from((*SPECIAL_TOKENS, "<｜Us", "er｜>", "<", "｜", ">", " ", "\n", "中", "a", "\U0010fffd"))
+    st.sampled_from(
+        (*SPECIAL_TOKENS, "<｜Us", "er｜>", "<", "｜", ">", " ", "\n", "中", "a", "\U0010fffd")
+    )
 ).map("".join)
 
 
@@ -149,7 +153,12 @@ def test_no_content_forges_a_marker(bpe: Tokenizer, user, name, arguments, outpu
         call = {"function": {"name": name, "arguments": arguments}}
         return [
             {"role": "user", "content": user},
-            {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [call]},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": thought,
+                "tool_calls": [call],
+            },
             {"role": "tool", "content": output},
         ]
 
@@ -183,7 +192,9 @@ def test_assistants_marks_of_thought_stay_alive(bpe: Tokenizer) -> None:
 def test_guard_for_wordlike_markers() -> None:
     guard = TemplateGuard(["[gMASK]", "sop"], "a sop [gMASK] soup")
     hidden = guard.hide("a sop [gMASK] soup")
-    assert hidden.startswith("a ") and hidden.endswith(" soup") and "sop" not in hidden
+    assert hidden.startswith("a ")
+    assert hidden.endswith(" soup")
+    assert "sop" not in hidden
     text, spans = guard.reveal("[gMASK]sop" + hidden)
     assert text == "[gMASK]sopa sop [gMASK] soup"
     assert spans == [(0, 7), (7, 10)]

@@ -27,8 +27,13 @@ BUILTIN = Path(corpora.__file__).parent / "builtin"
 def test_catalogue_is_complete() -> None:
     for entry in catalogue().values():
         if entry.fetched:
-            assert entry.package and entry.version and entry.file and entry.members
-            assert len(entry.sha256) == 64 and entry.bytes > 0 and entry.reader in READERS
+            assert entry.package
+            assert entry.version
+            assert entry.file
+            assert entry.members
+            assert len(entry.sha256) == 64
+            assert entry.bytes > 0
+            assert entry.reader in READERS
         if entry.registry == "builtin":
             assert (BUILTIN / entry.file).is_file()
 
@@ -49,7 +54,9 @@ def test_tang_poems_are_regular_and_distinct() -> None:
     count = 0
     for text in open_corpus("tang-poems").documents():
         head, *verse = text.rstrip("\n").split("\n")
-        assert head.startswith("《") and not head.endswith("》") and text.endswith("\n")
+        assert head.startswith("《")
+        assert not head.endswith("》")
+        assert text.endswith("\n")
         assert len(verse) in (4, 8)
         assert {len(line) for line in verse} in ({6}, {8})
         assert all("\u4e00" <= c <= "\u9fff" for line in verse for c in line[:-1])
@@ -169,7 +176,8 @@ def test_poems_are_cleaned() -> None:
     assert poem.text() == "《望月》某\n一二三四五，\n六七八九十。\n甲乙丙丁戊，\n己庚壬癸。"
     assert not poem.regular_verse()
     whole = clean_poem({**record, "paragraphs": ["一二三四五，六七八九十。"] * 2})
-    assert whole is not None and whole.regular_verse()
+    assert whole is not None
+    assert whole.regular_verse()
     assert clean_poem({"author": "某", "paragraphs": ["□□"]}) is None
 
 

@@ -31,7 +31,9 @@ def test_byte_order_mark_is_dropped(tmp_path) -> None:
 
 def test_json_lines(tmp_path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(lines({"text": "one", "x": 1}) + b"\n" + lines({"text": "二\n"}, {"text": " "}))
+    file.write_bytes(
+        lines({"text": "one", "x": 1}) + b"\n" + lines({"text": "二\n"}, {"text": " "})
+    )
     assert list(read_documents(file)) == ["one", "二\n"]
     file.write_bytes(lines({"body": "b"}))
     assert list(read_documents(file, field="body")) == ["b"]
@@ -47,11 +49,11 @@ def test_a_folder_is_read_in_order_of_paths(tmp_path) -> None:
 
 def test_parquet(tmp_path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     texts = [f"row {i} 中" for i in range(100)]
     table = pyarrow.table({"id": list(range(100)), "text": texts})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     assert list(read_documents(tmp_path)) == texts
     with pytest.raises(DataError, match="unknown column 'texts': did you mean 'text'"):
         list(read_documents(tmp_path, field="texts"))

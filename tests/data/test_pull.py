@@ -98,7 +98,7 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Index]:
     index = Index()
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             index.answer(self)
 
         def log_message(self, *args: object) -> None:
