@@ -81,6 +81,19 @@ def test_folder_that_stands_aside_is_brought_back(tmp_path):
     assert names(tmp_path) == ["m"]
 
 
+def test_write_after_an_interrupted_one(tmp_path):
+    """What stands aside is the old folder still: back if the write fails, gone if it succeeds."""
+    write(tmp_path / "m", "one")
+    (tmp_path / "m").rename(tmp_path / ".m.aside")
+    with pytest.raises(ValueError, match="full"):
+        fill_and_raise(tmp_path / "m", ValueError)
+    assert (tmp_path / "m" / "file").read_text() == "one"
+    (tmp_path / "m").rename(tmp_path / ".m.aside")
+    write(tmp_path / "m", "two")
+    assert (tmp_path / "m" / "file").read_text() == "two"
+    assert names(tmp_path) == ["m"]
+
+
 def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     (tmp_path / ".m.draft-1").mkdir()
     (tmp_path / ".m.draft-2").mkdir()
