@@ -67,3 +67,14 @@ def test_statistics_of_bfloat16_are_float32():
     x = torch.full((1, 4096), 300.0, dtype=torch.bfloat16)
     out = rms_norm(x, torch.ones(4096, dtype=torch.bfloat16), 1e-6)
     torch.testing.assert_close(out.float(), torch.ones(1, 4096), rtol=0, atol=0.005)
+
+
+def test_under_autocast_it_is_close_and_gradients_keep_their_types():
+    x, weight = normal(6, 5, 64), 1 + normal(64, seed=1)
+
+    def in_bfloat16(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rms_norm(x, w, 1e-6).float()
+
+    full = value_and_grads(lambda x, w: rms_norm_reference(x, w, 1e-6), x, weight)
+    assert_all_close(value_and_grads(in_bfloat16, x, weight), full, 0.02)
