@@ -112,6 +112,14 @@ def test_mass_exactly_at_top_p_takes_no_more():
     assert drawn(0.751) == {0, 1, 2}
 
 
+def test_number_on_the_boundary_belongs_to_the_next_token():
+    """Token i is drawn by the numbers in [mass before it, mass up to it)."""
+    logits = [math.log(0.5), math.log(0.25), math.log(0.25)]
+    drawn = draw(logits, Sampling(temperature=1.0), torch.tensor([0.0, 0.5, 0.75]))
+    assert torch.tensor(logits).softmax(-1).tolist() == [0.5, 0.25, 0.25]  # exactly
+    assert drawn.tolist() == [0, 1, 2]
+
+
 def test_top_k_beyond_the_vocabulary_is_all_of_it():
     uniforms = torch.linspace(0, 0.9999, 2000)
     wide = draw([0.0, 0.0, 0.0], Sampling(temperature=1.0, top_k=99), uniforms)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # B rows, W vocabulary.
 
-TINY = 1e-30  # temperatures below it are the same in float32
+TINY = 1e-20  # a lower temperature draws the same, until logits over it overflow float32
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ def choose(logits_BW: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     """One token id per row [B]. ``uniforms``: a number in [0, 1) per row decides each draw."""
     if sampling.temperature == 0:
         return logits_BW.argmax(-1)
-    # The largest is taken off first: a tiny temperature then overflows to -inf, never to inf.
-    below_BW = logits_BW - logits_BW.amax(-1, keepdim=True)
-    probs_BW = (below_BW / max(sampling.temperature, TINY)).softmax(-1)
+    probs_BW = (logits_BW / max(sampling.temperature, TINY)).softmax(-1)
     sorted_BW, ids_BW = probs_BW.sort(dim=-1, descending=True, stable=True)
     cumulative_BW = sorted_BW.cumsum(-1)
     # A token stays if the mass before it is still below top_p: the first always does.
