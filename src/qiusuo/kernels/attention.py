@@ -8,11 +8,13 @@ go through the fused kernel with the values padded to the keys' width, so that m
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# B batch, H heads, T queries, S keys, E query/key width, V value width.
+# B batch, H heads, N = B*H, T queries, S keys, E query/key width, V value width.
 
 QUERY_BLOCK = 128
 LONGEST_PLAIN = 1024
@@ -62,12 +64,19 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 def _plain(
     q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None
 ) -> Tensor:
-    scores_BHTS = (q_BHTE * scale) @ k_BHSE.transpose(-1, -2)
+    batch, heads, queries, _ = q_BHTE.shape
+    keys = k_BHSE.shape[-2]
     if mask_BTS is None:
-        mask_BTS = causal_mask(q_BHTE.shape[-2], k_BHSE.shape[-2], q_BHTE.device)[None]
-    hidden_BTS = torch.zeros_like(mask_BTS, dtype=scores_BHTS.dtype)
-    hidden_BTS = hidden_BTS.masked_fill_(~mask_BTS, float("-inf"))
-    return (scores_BHTS + hidden_BTS[:, None]).softmax(-1, dtype=scores_BHTS.dtype) @ v_BHSV
+        mask_BTS = causal_mask(queries, keys, q_BHTE.device)[None]
+    # The product starts from 0 or −inf: one pass over the scores, where adding would be another.
+    start_BTS = torch.zeros_like(mask_BTS, dtype=q_BHTE.dtype).masked_fill_(~mask_BTS, -math.inf)
+    start_NTS = start_BTS[:, None].expand(batch, heads, queries, keys).reshape(-1, queries, keys)
+    q_NTE, k_NSE, v_NSV = (
+        x.reshape(batch * heads, *x.shape[-2:]) for x in (q_BHTE, k_BHSE, v_BHSV)
+    )
+    scores_NTS = torch.baddbmm(start_NTS, q_NTE, k_NSE.transpose(-1, -2), alpha=scale)
+    out_NTV = torch.bmm(scores_NTS.softmax(-1), v_NSV)
+    return out_NTV.unflatten(0, (batch, heads))
 
 
 def _fused(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.
@@ -85,6 +86,7 @@ class _GroupedExperts(torch.autograd.Function):
         return _sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_MD,) = grads
         x_RD, h_RG, act_RF, weight_R, place_P, token_R, gate_up_EGD, down_EDF = ctx.saved_tensors
@@ -150,4 +152,5 @@ def _round_up(count: int) -> int:
 
 def _sum_choices(y_RD: Tensor, place_P: Tensor, choices: int) -> Tensor:
     """Bring sorted rows home and add each token's K of them, always in the same order."""
-    return y_RD.index_select(0, place_P).unflatten(0, (-1, choices)).sum(1)
+    y_PD = y_RD.index_select(0, place_P)
+    return y_PD if choices == 1 else y_PD.unflatten(0, (-1, choices)).sum(1)

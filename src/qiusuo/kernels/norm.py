@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # D width of the normalised axis.
 
@@ -40,6 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x_D * scale).to(x_D.dtype).mul_(weight_D).to(out_dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_D, weight_D, scale = ctx.saved_tensors
         width = x_D.shape[-1]

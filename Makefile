@@ -1,0 +1,41 @@
+# `make run` and `make test` do all of their own set-up: a .venv and pinned packages.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: run test test-all check clean
+
+run: $(VENV)/.ready-run  ## train the quickstart model, or go on with it (FRESH=1 starts over)
+	$(BIN)/qiusuo quickstart $(if $(FRESH),--fresh)
+
+test: $(VENV)/.ready-test check  ## lint, types and the tests that take under ten minutes
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(VENV)/.ready-test check  ## everything, long tests too
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Qiusuo needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps hold what was installed: another pyproject or constraints installs again.
+$(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing Qiusuo into $(VENV) (once; torch is large)"
+	$(PIP) -e '.[report]'
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing Qiusuo and its test tools into $(VENV) (once)"
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.ready-run
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

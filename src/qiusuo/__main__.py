@@ -1,0 +1,5 @@
+"""``python -m qiusuo``: the command line."""
+
+from qiusuo.cli import main
+
+main()
