@@ -7,7 +7,7 @@ ours. MTP modules are layers too: number ``num_hidden_layers + k`` predicts the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,15 @@ class Decoder(nn.Module):
         ]
         self.layers = nn.ModuleList([*main, *mtp])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.depth = len(main)
+
+    @property
+    def main_blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers[: self.depth]))
+
+    @property
+    def mtp_blocks(self) -> list[MTPBlock]:
+        return cast(list[MTPBlock], list(self.layers[self.depth :]))
 
 
 class Transformer(nn.Module):
@@ -136,7 +145,7 @@ class Transformer(nn.Module):
         context = self.context(tokens_BT, positions_BT, mask_BTS, store, absorbed)
         x_BTD = self.model.embed_tokens(tokens_BT)
         routings: dict[int, Routing] = {}
-        for block in self.model.layers[: self.config.num_hidden_layers]:
+        for block in self.model.main_blocks:
             x_BTD, routing = block(x_BTD, context)
             if routing is not None:
                 routings[block.layer] = routing
@@ -147,7 +156,7 @@ class Transformer(nn.Module):
     ) -> Hidden:
         """MTP module ``depth`` (from 0): from the states that predicted ``next_tokens`` to states
         that predict the tokens after those. Chain depth by depth with what the last one gave."""
-        block = self.model.layers[self.config.num_hidden_layers + depth]
+        block = self.model.mtp_blocks[depth]
         embedding_BTD = self.model.embed_tokens(next_tokens_BT)
         x_BTD, routing = block.predict(embedding_BTD, hidden_BTD, context)
         return Hidden(x_BTD, {} if routing is None else {block.layer: routing})
@@ -171,9 +180,8 @@ class Transformer(nn.Module):
 
     def routers(self) -> dict[int, Router]:
         """Every MoE layer's router by layer number, MTP modules' too."""
-        return {
-            block.layer: block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)
-        }
+        blocks: list[Block] = [*self.model.main_blocks, *self.model.mtp_blocks]
+        return {block.layer: block.mlp.gate for block in blocks if isinstance(block.mlp, MoE)}
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

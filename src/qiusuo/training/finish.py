@@ -44,9 +44,7 @@ def finish_run(
     dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
     save_huggingface(state.model, run.model_path, dtype=dtype, tokenizer=tokenizer)
     write_summary(run.path, facts(recipe, stage, state, validation))
-    run.set_status(
-        "finished", stage=stage.name, step=state.run_step, steps=state.run_step
-    )
+    run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)
     return Outcome(validation, draw_report(run))
 

@@ -29,7 +29,8 @@ class Window(NamedTuple):
     mask_BTT: Tensor | None
 
     @property
-    def inputs_BT(self) -> Tensor:
+    def inputs(self) -> Tensor:
+        """What the main model reads [B, T]."""
         return self.tokens_BS[:, : self.labels[0].shape[1]]
 
 
@@ -69,13 +70,11 @@ def make_window(
 def language_model_losses(model: Transformer, window: Window) -> Losses:
     """Forward pass and every loss of one micro-batch."""
     head_WD = model.lm_head.weight
-    inputs_BT = window.inputs_BT
+    inputs_BT = window.inputs
     sequences, length = inputs_BT.shape
     hidden = model(inputs_BT, mask_BTS=window.mask_BTT)
     routings = dict(hidden.routings)
-    main = chunked_cross_entropy(
-        hidden.x_BTD.flatten(0, 1), head_WD, window.labels[0].flatten()
-    )
+    main = chunked_cross_entropy(hidden.x_BTD.flatten(0, 1), head_WD, window.labels[0].flatten())
     mtp: list[Tensor] = []
     mtp_states: list[Tensor] = []
     x_BTD = hidden.x_BTD

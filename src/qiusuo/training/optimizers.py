@@ -32,8 +32,9 @@ def orthogonalize(matrices_NRC: Tensor) -> Tensor:
     tall = x_NRC.shape[-2] > x_NRC.shape[-1]
     if tall:
         x_NRC = x_NRC.mT
-    norm = torch.linalg.matrix_norm(x_NRC, keepdim=True, dtype=torch.float32)
-    x_NRC = (x_NRC / (norm + 1e-7)).bfloat16().contiguous()
+    norm = torch.linalg.vector_norm(x_NRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    # The scale in bf16 too: a product of mixed types is twenty times slower on a CPU.
+    x_NRC = x_NRC.contiguous() * (1 / (norm + 1e-7)).bfloat16()
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram_NRR = torch.bmm(x_NRC, x_NRC.mT)
         poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
@@ -52,7 +53,7 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
@@ -88,7 +89,9 @@ def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
 
 def build_optimizers(model: nn.Module, section: OptimizerSection) -> list[Optimizer]:
     """Every parameter in exactly one optimizer. Routers, norms, embedding and head take AdamW."""
-    muon, decayed, plain = [], [], []
+    muon: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = ".layers." in name and parameter.ndim >= 2
         if section.kind == "muon" and inside and not name.endswith(".gate.weight"):
@@ -105,9 +108,7 @@ def build_optimizers(model: nn.Module, section: OptimizerSection) -> list[Optimi
     betas = (section.beta1, section.beta2)
     optimizers: list[Optimizer] = [AdamW(groups, lr=rate, betas=betas, fused=True)]
     if muon:
-        optimizers.append(
-            Muon(muon, section.learning_rate, section.momentum, section.weight_decay)
-        )
+        optimizers.append(Muon(muon, section.learning_rate, section.momentum, section.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

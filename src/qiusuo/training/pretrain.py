@@ -152,7 +152,7 @@ class Pretraining:
     def plan(self, minutes: float) -> int:
         """Steps that fit into ``minutes`` at the median pace so far."""
         pace = statistics.median(self.paces)
-        return max(PACE_STEPS + 1, min(self.stage.steps, int(minutes * 60 / pace)))
+        return min(self.stage.steps, max(PACE_STEPS + 1, int(minutes * 60 / pace)))
 
     def log_record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         state = self.state
@@ -178,5 +178,3 @@ class Pretraining:
             if state.run_step % LOAD_EVERY == 0 or state.step == state.planned:
                 entry["expert_load"] = list(self.load.relative().values())
         return entry
-
-

@@ -194,10 +194,8 @@ def read_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
     if not path.is_file():
         known = built_in_recipes()
         if str(name_or_path) not in known:
-            near = _nearest(path.stem, [*known, *(str(p) for p in path.parent.glob("*.toml"))])
-            raise RecipeError(
-                f"no recipe at {path}{near}; built in are {', '.join(known)}"
-            )
+            near = _nearest(str(path), [*known, *(str(p) for p in path.parent.glob("*.toml"))])
+            raise RecipeError(f"no recipe at {path}{near}; built in are {', '.join(known)}")
         path = known[str(name_or_path)]
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -225,9 +223,11 @@ def _explain(table: Any, detail: dict[str, Any]) -> str:
     if detail["type"] != "extra_forbidden":
         given = detail.get("input")
         shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-        return f"{key}: {detail['msg'].removeprefix('Value error, ')}{shown}" if key else str(
-            detail["msg"]
-        ).removeprefix("Value error, ")
+        return (
+            f"{key}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+            if key
+            else str(detail["msg"]).removeprefix("Value error, ")
+        )
     known = _fields_at(location[:-1])
     return f"{key} is not a key{_nearest(str(location[-1]), known)}"
 
@@ -274,7 +274,10 @@ def _override(table: dict[str, Any], override: str) -> None:
 def _descend(place: Any, part: str, key: str) -> Any:
     if isinstance(place, list):
         for number, entry in enumerate(place):
-            names = (str(number), entry.get("name"), entry.get("kind"))
+            names = [str(number)]
+            if isinstance(entry, dict):
+                kind = entry.get("kind", "pretrain")
+                names += [kind, entry.get("name", kind)]
             if part in names:
                 return entry
         raise RecipeError(f"--set {key}: there is no stage {part!r}")

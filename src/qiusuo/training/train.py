@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +24,6 @@ from qiusuo.model.transformer import Transformer
 from qiusuo.runs.console import LiveView
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
-from qiusuo.runs.log import RunLog
 from qiusuo.training.finish import draw_report, finish_run
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.pretrain import Pretraining
@@ -61,7 +59,11 @@ def train(
     """
     if only_stage is not None:
         recipe.stage(only_stage)
+    if run.status().get("state") == "finished":
+        print(f"{run.path} is finished: there is nothing left to train")
+        return True
     life: _StageLife | None = None
+    torch.set_flush_denormal(True)  # probabilities near zero make a CPU ten times slower otherwise
     try:
         for stage in _stages_left(recipe, _last_state(run)):
             if only_stage not in (None, stage.name):
@@ -180,8 +182,10 @@ class _StageLife:
         return self.stop.asked
 
     def look(self, limit: int | None) -> None:
-        """Validate, and let the model write."""
+        """Validate, and let the model write. A resumed run may stand where it looked before it
+        was saved: then the log has it all, and only the numbers are wanted."""
         stage, state = self.stage, self.state
+        told = state.run_step == self.saved_at
         dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
         device = state.model.lm_head.weight.device.type
         if self.data.validation:
@@ -205,7 +209,10 @@ class _StageLife:
             }
             if seen.mtp_agreement:
                 record["mtp_agreement"] = seen.mtp_agreement[0]
-            self.note(record)
+            if not told:
+                self.note(record)
+        if told:
+            return
         for record in write_samples(state.model, self.data.tokenizer, stage):
             sample = {"kind": "sample", "step": state.run_step, **record}
             self.samples.append(sample)

@@ -63,7 +63,7 @@ def validate(
         bits_per_character=loss / math.log(2) / characters_per_token,
         tokens=totals.tokens,
         mtp_loss=[n / max(1, t) for n, t in zip(totals.mtp_nats, totals.mtp_tokens, strict=True)],
-        mtp_agreement=[a / max(1, t) for a, t in zip(totals.agreed, totals.mtp_tokens, strict=True)],
+        mtp_agreement=[a / max(1, c) for a, c in zip(totals.agreed, totals.compared, strict=True)],
         load=load,
     )
 
@@ -71,7 +71,8 @@ def validate(
 class _Totals:
     def __init__(self, depth: int) -> None:
         self.nats, self.tokens = 0.0, 0
-        self.mtp_nats, self.mtp_tokens, self.agreed = [0.0] * depth, [0] * depth, [0] * depth
+        self.mtp_nats, self.mtp_tokens = [0.0] * depth, [0] * depth
+        self.agreed, self.compared = [0] * depth, [0] * depth
 
 
 def _add_batch(
@@ -90,10 +91,11 @@ def _add_batch(
         # Module k at place t and the main model at t + k + 1 predict the same token.
         ahead_BT = _likeliest(model, losses.mtp_states[k])[:, : -(k + 1)]
         main_BT = _likeliest(model, losses.main_states)[:, k + 1 :]
-        totals.agreed[k] += int(((ahead_BT == main_BT) & counted_BT[:, : -(k + 1)]).sum())
+        compared_BT = counted_BT[:, : -(k + 1)]
+        totals.agreed[k] += int(((ahead_BT == main_BT) & compared_BT).sum())
+        totals.compared[k] += int(compared_BT.sum())
 
 
 def _likeliest(model: Transformer, x_BTD: Tensor) -> Tensor:
     """Greedy token of every place [B, T], one sequence's logits in memory at a time."""
     return torch.stack([model.logits(x_TD).argmax(-1) for x_TD in x_BTD])
-
