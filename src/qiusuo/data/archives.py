@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from .documents import decode_utf8
-from .errors import DataError, unknown
-from .poetry import clean_poem
+from qiusuo.data.documents import decode_utf8
+from qiusuo.data.errors import DataError, unknown
+from qiusuo.data.poetry import clean_poem
 
 CHAPTER = re.compile(r"^[ \t]*chapter +[\divxlc]+\.?[ \t]*$", re.IGNORECASE | re.MULTILINE)
 BAD_ARCHIVE = (

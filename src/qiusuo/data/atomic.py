@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import DataError
+from qiusuo.data.errors import DataError
 
 
 def sync(path: Path) -> None:

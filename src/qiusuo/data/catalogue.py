@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DataError, unknown
+from qiusuo.data.errors import DataError, unknown
 
 KINDS = ("corpus", "model")
 REGISTRIES = ("builtin", "stdlib", "pypi", "npm", "debian")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import DataError, unknown
+from qiusuo.data.errors import DataError, unknown
 
 if TYPE_CHECKING:
     import jinja2

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from .archives import read_archive
-from .catalogue import Entry, catalogue, find_entry
-from .documents import decode_utf8, document_files, read_documents
-from .errors import DataError, unknown
-from .pull import archive_path
+from qiusuo.data.archives import read_archive
+from qiusuo.data.catalogue import Entry, catalogue, find_entry
+from qiusuo.data.documents import decode_utf8, document_files, read_documents
+from qiusuo.data.errors import DataError, unknown
+from qiusuo.data.pull import archive_path
 
 STDLIB_LEFT_OUT = frozenset(
     ("test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3")

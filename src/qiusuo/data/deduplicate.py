@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from .errors import DataError
+from qiusuo.data.errors import DataError
 
 # A Han character or a kana is a unit by itself; elsewhere a unit is a word.
 IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")

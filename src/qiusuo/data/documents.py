@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import DataError, unknown
+from qiusuo.data.errors import DataError, unknown
 
 OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = (*(f"{kind}{end}" for kind in (".txt", ".jsonl") for end in OPENERS), ".parquet")

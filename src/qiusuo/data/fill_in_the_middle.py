@@ -11,10 +11,10 @@ The cut is made in the text, not between tokens, because an editor's cursor stan
 
 from __future__ import annotations
 
-from .errors import DataError
-from .randomness import check_seed, fractions
-from .tokenizer import Tokenizer
-from .vocabularies import FIM_BEGIN, FIM_END, FIM_HOLE
+from qiusuo.data.errors import DataError
+from qiusuo.data.randomness import check_seed, fractions
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.vocabularies import FIM_BEGIN, FIM_END, FIM_HOLE
 
 SHORTEST = 32
 """Documents of fewer characters have no middle worth asking for."""

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .batch import Batch
-from .errors import DataError
-from .randomness import check_seed, fractions, permutation
-from .shards import Shards
+from qiusuo.data.batch import Batch
+from qiusuo.data.errors import DataError
+from qiusuo.data.randomness import check_seed, fractions, permutation
+from qiusuo.data.shards import Shards
 
 FORMAT = 1
 DOCUMENT_ORDER, OFFSET, WINDOW_ORDER, MIXTURE = range(4)

@@ -12,8 +12,8 @@ import os
 import urllib.parse
 from collections.abc import Callable
 
-from .catalogue import Entry
-from .errors import DataError
+from qiusuo.data.catalogue import Entry
+from qiusuo.data.errors import DataError
 
 NPM_REGISTRY = "npm_config_registry"
 SIMPLE_TYPES = "application/vnd.pypi.simple.v1+json, text/html;q=0.2"

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic import new_folder, write_file
-from .corpora import Corpus, open_corpus
-from .deduplicate import ExactDuplicates, NearDuplicates
-from .errors import DataError, unknown
-from .shards import Shards, write_shards
-from .split import Split, split_corpus
-from .tokenizer import Tokenizer
+from qiusuo.data.atomic import new_folder, write_file
+from qiusuo.data.corpora import Corpus, open_corpus
+from qiusuo.data.deduplicate import ExactDuplicates, NearDuplicates
+from qiusuo.data.errors import DataError, unknown
+from qiusuo.data.shards import Shards, write_shards
+from qiusuo.data.split import Split, split_corpus
+from qiusuo.data.tokenizer import Tokenizer
 
 FORMAT = 1
 RECORD = "prepared.json"

@@ -17,10 +17,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic import disk_errors, sync
-from .catalogue import Entry, find_fetched
-from .errors import DataError
-from .package_index import archive_url
+from qiusuo.data.atomic import disk_errors, sync
+from qiusuo.data.catalogue import Entry, find_fetched
+from qiusuo.data.errors import DataError
+from qiusuo.data.package_index import archive_url
 
 Progress = Callable[[int, int], None]
 """Called with bytes so far and bytes in all."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import DataError
+from qiusuo.data.errors import DataError
 
 
 def check_seed(seed: int) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .fill_in_the_middle import FillInTheMiddle
-from .tokenizer import Tokenizer
+from qiusuo.data.fill_in_the_middle import FillInTheMiddle
+from qiusuo.data.tokenizer import Tokenizer
 
 FORMAT = 1
 BATCH_CHARACTERS = 1 << 22

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .atomic import new_folder, write_file
-from .errors import DataError
-from .fill_in_the_middle import FillInTheMiddle
-from .shard_writer import FORMAT, ShardsMeta, ShardWriter, in_batches, shard_name
-from .tokenizer import Tokenizer
+from qiusuo.data.atomic import new_folder, write_file
+from qiusuo.data.errors import DataError
+from qiusuo.data.fill_in_the_middle import FillInTheMiddle
+from qiusuo.data.shard_writer import FORMAT, ShardsMeta, ShardWriter, in_batches, shard_name
+from qiusuo.data.tokenizer import Tokenizer
 
 TOKENS_PER_SHARD = 1 << 27
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .corpora import Corpus
-from .errors import DataError
-from .randomness import check_seed
+from qiusuo.data.corpora import Corpus
+from qiusuo.data.errors import DataError
+from qiusuo.data.randomness import check_seed
 
 TRAIN, VALIDATION, DROPPED = 0, 1, 2
 HASH_RANGE = 1 << 64

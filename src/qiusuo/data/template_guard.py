@@ -20,8 +20,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .chat_template import Message
-from .vocabularies import THINK_BEGIN, THINK_END
+from qiusuo.data.chat_template import Message
+from qiusuo.data.vocabularies import THINK_BEGIN, THINK_END
 
 LAST_PRIVATE = 0x10FFFD
 Span = tuple[int, int]

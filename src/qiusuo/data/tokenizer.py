@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import vocabularies
-from .chat_template import Message, check_messages, default_template, render_chat
-from .errors import DataError, unknown
-from .plain_text import is_ordinary, without_special_tokens
-from .template_guard import TemplateGuard, spelling_pattern
-from .tokenizer_files import FIELDS, read_tokenizer, save_tokenizer
+from qiusuo.data import vocabularies
+from qiusuo.data.chat_template import Message, check_messages, default_template, render_chat
+from qiusuo.data.errors import DataError, unknown
+from qiusuo.data.plain_text import is_ordinary, without_special_tokens
+from qiusuo.data.template_guard import TemplateGuard, spelling_pattern
+from qiusuo.data.tokenizer_files import FIELDS, read_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic import write_file
-from .errors import DataError
-from .vocabularies import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN
+from qiusuo.data.atomic import write_file
+from qiusuo.data.errors import DataError
+from qiusuo.data.vocabularies import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN
 
 if TYPE_CHECKING:
     import tokenizers

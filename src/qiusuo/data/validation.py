@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .batch import Batch
-from .errors import DataError
-from .shards import Shards
+from qiusuo.data.batch import Batch
+from qiusuo.data.errors import DataError
+from qiusuo.data.shards import Shards
 
 
 def validation_batches(

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from .errors import DataError
+from qiusuo.data.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
