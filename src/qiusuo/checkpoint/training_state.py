@@ -15,7 +15,11 @@ STATE_FILE = "state.pt"
 
 def save_state(folder: Path, content: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them into a checkpoint folder."""
-    torch.save(content, folder / STATE_FILE)
+    path = folder / STATE_FILE
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's word for what the disk refuses
+        raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
