@@ -26,7 +26,7 @@ from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.training.finish import draw_report, finish_run
 from qiusuo.training.optimizers import build_optimizers
-from qiusuo.training.pretrain import Pretraining
+from qiusuo.training.pretrain import Pretraining, TrainingError
 from qiusuo.training.recipe import PretrainStage, Recipe, parse_recipe
 from qiusuo.training.state import StageState
 from qiusuo.training.validation import Validation, validate
@@ -65,6 +65,7 @@ def train(
     life: _StageLife | None = None
     torch.set_flush_denormal(True)  # probabilities near zero make a CPU ten times slower otherwise
     try:
+        _check_device(device)
         for stage in _stages_left(recipe, _last_state(run)):
             if only_stage not in (None, stage.name):
                 continue
@@ -74,7 +75,18 @@ def train(
     except (KeyboardInterrupt, Exception) as error:
         _mark(run, life, error)
         raise
+    finally:
+        torch.set_flush_denormal(False)  # the process may have other plans
     return True
+
+
+def _check_device(device: str) -> None:
+    """Before any work is done."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[PretrainStage, ...]:
