@@ -277,7 +277,7 @@ def _descend(place: Any, part: str, key: str) -> Any:
             names = [str(number)]
             if isinstance(entry, dict):
                 kind = entry.get("kind", "pretrain")
-                names += [kind, entry.get("name", kind)]
+                names += [str(kind), str(entry.get("name", kind))]
             if part in names:
                 return entry
         raise RecipeError(f"--set {key}: there is no stage {part!r}")
