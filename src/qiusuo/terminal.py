@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,14 @@ def show_cost(model: str, context: int | None) -> None:
 @contextmanager
 def show_download(name: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with speed and time left; gives what ``pull`` calls with (done, total)."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -90,10 +97,16 @@ def _plain_table() -> Table:
 
 
 def _find_config(model: str) -> Any:
-    from qiusuo.model.config import ModelConfig
+    from qiusuo.model.config import ConfigError, ModelConfig
     from qiusuo.training.recipe import built_in_recipes, read_recipe
 
     path = Path(model)
+    if not path.exists() and model not in built_in_recipes() and path.suffix != ".toml":
+        near = difflib.get_close_matches(model, built_in_recipes(), 1)
+        raise ConfigError(
+            f"{path} is not there: expected a model folder, a run folder, a config.json or a recipe"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     if path.suffix == ".toml" or (not path.exists() and model in built_in_recipes()):
         recipe = read_recipe(model)
         return recipe.model_for(recipe.tokenizer.vocab_size)
