@@ -1,0 +1,32 @@
+"""One cache, one corpus and one undisturbed run for all tests of the room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.training import lives
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache: prepared data is made once for all runs."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QIUSUO_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lives.write_corpus(tmp_path_factory.mktemp("corpus") / "road.jsonl")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A finished run of the tiny recipe, in this process."""
+    path = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert lives.live(lives.recipe_for(corpus), path)
+    return path
