@@ -129,7 +129,9 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         try:
             save_file(_own_storage(pending), folder / f"shard-{len(shards)}", {"format": "pt"})
         except SafetensorError as error:  # a full disk, in Rust's words
-            raise CheckpointError(f"could not write the weights in {folder.parent}: {error}") from error
+            raise CheckpointError(
+                f"could not write the weights in {folder.parent}: {error}"
+            ) from error
         shards.append(list(pending))
         pending.clear()
 
