@@ -56,19 +56,22 @@ class Muon(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
+            # A tall matrix joins the wide ones as its transpose: fewer, larger products.
             shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes[_matrix_shape(parameter)].append(parameter)
-            for (rows, columns), parameters in shapes.items():
-                updates = [self._momentum(p, momentum).view(-1, rows, columns) for p in parameters]
+                    rows, columns = _matrix_shape(parameter)
+                    shapes[min(rows, columns), max(rows, columns)].append(parameter)
+            for parameters in shapes.values():
+                updates = [_wide(self._momentum(p, momentum), p) for p in parameters]
                 update_NRC = orthogonalize(torch.cat(updates))
-                # Keeps the size of the output's change the same for wide and tall matrices.
-                size = lr * max(1.0, rows / columns) ** 0.5
-                sizes = [update.shape[0] for update in updates]
-                for parameter, delta in zip(parameters, update_NRC.split(sizes), strict=True):
-                    parameter.mul_(1 - lr * group["weight_decay"])
-                    parameter.add_(delta.reshape_as(parameter), alpha=-size)
+                counts = [update.shape[0] for update in updates]
+                for parameter, wide_NRC in zip(parameters, update_NRC.split(counts), strict=True):
+                    rows, columns = _matrix_shape(parameter)
+                    delta = (wide_NRC.mT if rows > columns else wide_NRC).reshape_as(parameter)
+                    # Keeps the size of the output's change the same for wide and tall matrices.
+                    size = lr * max(1.0, rows / columns) ** 0.5
+                    parameter.mul_(1 - lr * group["weight_decay"]).add_(delta, alpha=-size)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov momentum of this parameter's gradient."""
@@ -85,6 +88,13 @@ def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
     """A stack of gate and up projections [E, 2F, D] is 2E matrices [F, D]."""
     rows, columns = parameter.shape[-2:]
     return (rows // 2 if getattr(parameter, "two_matrices", False) else rows), columns
+
+
+def _wide(momentum: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A parameter's momentum as matrices [N, R, C] that are not taller than wide."""
+    rows, columns = _matrix_shape(parameter)
+    momentum_NRC = momentum.view(-1, rows, columns)
+    return momentum_NRC.mT if rows > columns else momentum_NRC
 
 
 def build_optimizers(model: nn.Module, section: OptimizerSection) -> list[Optimizer]:

@@ -32,6 +32,8 @@ from qiusuo.training.state import StageState
 from qiusuo.training.validation import Validation, validate
 from qiusuo.version import __version__
 
+VALIDATION_TOKENS = 8192  # of one pass: without gradients there is room for more than in training
+
 
 def start_run(recipe: Recipe, path: Path) -> RunFolder:
     """A new run folder that holds the recipe as resolved."""
@@ -205,7 +207,7 @@ class _StageLife:
                 seen = validate(
                     state.model,
                     self.data.validation,
-                    batch_size=stage.micro_batch_size or stage.batch_size,
+                    batch_size=max(1, VALIDATION_TOKENS // stage.sequence_length),
                     sequence_length=stage.sequence_length,
                     isolate=stage.data.isolate_documents,
                     limit_tokens=limit,
