@@ -168,7 +168,10 @@ def test_rates_that_explode(ask: Ask, corpus: Path) -> None:
 def test_a_corpus_that_is_too_small(ask: Ask) -> None:
     lives.write_corpus(Path("short.jsonl"), 3)
     words = ["--set", 'stages.0.data.corpora=[{source="short.jsonl"}]', "--run", "run"]
-    big = ["--set", "stages.0.sequence_length=10000"]
+    big = [
+        *("--set", "stages.0.sequence_length=10000"),
+        *("--set", "model.max_position_embeddings=10000"),
+    ]
     message = refused(ask("train", "seconds", *words, *big, "--set", "tokenizer.kind='characters'"))
     assert "fewer than one window of 10002" in message
     Path("short.jsonl").write_text("")

@@ -50,11 +50,14 @@ def quickstart(
     device: DeviceOption = "cpu",
 ) -> None:
     """Train a small DeepSeek-V3 on the built-in text and let it write; goes on when run again."""
+    from qiusuo.quickstart import is_recipe_of
     from qiusuo.quickstart import quickstart as start
-    from qiusuo.training.recipe import read_recipe
+    from qiusuo.training.recipe import RecipeError, read_recipe
 
     read = read_recipe(recipe, set_)
     path = run or Path("runs") / read.name
+    if set_ and not fresh and not is_recipe_of(path, read):
+        raise RecipeError(f"{path} has another recipe: give --fresh to train anew with --set")
     if not start(read, path, fresh, device):
         typer.echo("Stopped and saved. Go on with: make run, or qiusuo quickstart")
         raise typer.Exit(130)
@@ -84,6 +87,8 @@ def train(
         if recipe is None:
             raise RecipeError("give a RECIPE, or --resume --run FOLDER")
         read = read_recipe(recipe, set_)
+        if stage is not None:
+            read.stage(stage)  # before a folder is made
         folder = living.start_run(read, run or default_run_path(read.name))
     with folder:
         finished = living.train(read, folder, device=device, only_stage=stage)

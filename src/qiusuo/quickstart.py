@@ -23,14 +23,14 @@ from qiusuo.training.train import resume_run, start_run, train
 
 
 def quickstart(recipe: Recipe, path: Path, fresh: bool, device: str = "cpu") -> bool:
-    """Train, or go on with what is at ``path``. False where it was interrupted."""
+    """Train, or go on with what is at ``path``, by its own recipe. False where interrupted."""
     console = Console()
     if fresh and path.exists():
         _remove_run(path)
     state = read_status(path).get("state") if path.exists() else None
     if state == "finished":
         recipe = parse_recipe(read_recipe(path), where=str(path))
-        console.print(f"Going on with the finished run in {path} (FRESH=1 trains anew).")
+        console.print(f"Going on with the finished run in {path} (--fresh or FRESH=1 trains anew).")
     else:
         recipe, run = _open(recipe, path, console)
         with run:
@@ -47,9 +47,16 @@ def quickstart(recipe: Recipe, path: Path, fresh: bool, device: str = "cpu") -> 
     return True
 
 
+def is_recipe_of(path: Path, recipe: Recipe) -> bool:
+    """Whether the run at ``path`` has this very recipe, or there is none yet."""
+    return not (path / "recipe.toml").is_file() or recipe == parse_recipe(read_recipe(path))
+
+
 def _open(recipe: Recipe, path: Path, console: Console) -> tuple[Recipe, RunFolder]:
     if (path / "recipe.toml").is_file():
-        console.print(f"Going on with the unfinished run in {path} (FRESH=1 starts over).")
+        console.print(
+            f"Going on with the unfinished run in {path} (--fresh or FRESH=1 starts over)."
+        )
         return resume_run(path)
     return recipe, start_run(recipe, path)
 

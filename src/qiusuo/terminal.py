@@ -109,6 +109,8 @@ def _find_config(model: str) -> Any:
         )
     if path.suffix == ".toml" or (not path.exists() and model in built_in_recipes()):
         recipe = read_recipe(model)
+        if recipe.tokenizer.kind != "bpe":
+            print("The vocabulary comes with the tokenizer; counted here with 4,096 tokens.")
         return recipe.model_for(recipe.tokenizer.vocab_size)
     if (path / "model" / "config.json").is_file():
         path = path / "model"

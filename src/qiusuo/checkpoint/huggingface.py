@@ -127,7 +127,9 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
     def flush() -> None:
         try:
-            save_file(_own_storage(pending), folder / f"shard-{len(shards)}", {"format": "pt"})
+            file = folder / f"shard-{len(shards)}"
+            save_file(_own_storage(pending), file, {"format": "pt"})
+            file.chmod((folder / "config.json").stat().st_mode)  # it is made for the owner alone
         except SafetensorError as error:  # a full disk, in Rust's words
             raise CheckpointError(
                 f"could not write the weights in {folder.parent}: {error}"

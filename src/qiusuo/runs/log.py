@@ -80,6 +80,11 @@ class RunLog:
             self._file = self.path.open("ab", buffering=0)
         return len(lines) - len(kept)
 
+    def sync(self) -> None:
+        """Return when every line is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Put everything on the disk and close; harmless when done twice."""
         if not self._file.closed:

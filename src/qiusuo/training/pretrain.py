@@ -109,6 +109,9 @@ class Pretraining:
         norm = self.apply_gradients(share)
         loss = main.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.record(
+                {"kind": "event", "text": f"step {state.run_step + 1}: loss {loss}, norm {norm}"}
+            )
             raise TrainingError(
                 f"step {state.run_step + 1}: loss is {loss}, gradient norm {norm}: not finite. "
                 "Lower the learning rates, or set precision to float32"

@@ -143,7 +143,7 @@ class Recipe(Section):
     """``save_dtype``: the type of the finished model's weights. ``license`` and ``languages`` go
     onto the model card."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w .-]*$")
     description: str = ""
     license: str = "mit"
     languages: tuple[str, ...] = ()
@@ -158,7 +158,13 @@ class Recipe(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages share a name: {', '.join(names)}")
-        self.model_for(vocab_size=1024)
+        context = self.model_for(vocab_size=1024).max_position_embeddings
+        for stage in self.stages:
+            if stage.sequence_length > context:
+                raise ValueError(
+                    f"stage {stage.name}: sequence_length {stage.sequence_length} is over the "
+                    f"model's max_position_embeddings {context}"
+                )
         return self
 
     def model_for(self, vocab_size: int, **special: Any) -> ModelConfig:

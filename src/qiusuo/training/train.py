@@ -6,6 +6,8 @@ the last whole checkpoint, and ``resume`` goes on from it as if nothing had happ
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,6 +238,7 @@ class _StageLife:
         state = self.state
         if state.run_step == self.saved_at:
             return
+        self.log.sync()  # a checkpoint is never ahead of the log
         with self.run.new_checkpoint(state.run_step) as folder:
             state.save(folder)
         self.saved_at = state.run_step
@@ -248,13 +251,19 @@ def prepare(recipe: Recipe, stage: PretrainStage) -> PreparedData:
     return prepare_corpus(
         [(entry.source, entry.weight) for entry in data.corpora],
         recipe.tokenizer.spec(),
-        cache_folder() / "prepared" / f"{recipe.name}-{stage.name}",
+        cache_folder() / "prepared" / f"{recipe.name}-{stage.name}-{_digest(recipe, stage)}",
         validation_fraction=data.validation_fraction,
         deduplicate=data.duplicate_threshold,
         fim_rate=data.fill_in_the_middle,
         seed=recipe.seed,
         progress=print,
     )
+
+
+def _digest(recipe: Recipe, stage: PretrainStage) -> str:
+    """Tells apart the tokens of recipes that share a name."""
+    settings = [recipe.seed, recipe.tokenizer.model_dump(), stage.data.model_dump()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
