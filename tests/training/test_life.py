@@ -167,7 +167,8 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
 
 def test_a_corpus_shorter_than_a_window_is_named(tmp_path: Path) -> None:
     short = lives.write_corpus(tmp_path / "short.jsonl", 3)
-    recipe = lives.recipe_for(short, sequence_length=128)
-    with pytest.raises(DataError, match=r"tokens, fewer than one window of 130"):
+    roomy = {"max_position_embeddings": 100_000}
+    recipe = lives.recipe_for(short, model=roomy, sequence_length=100_000)
+    with pytest.raises(DataError, match=r"tokens, fewer than one window of 100002"):
         lives.live(recipe, tmp_path / "run")
     assert lives.state_of(tmp_path / "run") == "failed"
