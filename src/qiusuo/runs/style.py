@@ -159,8 +159,8 @@ def heat_map(
     )
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     bar = figure.colorbar(
         image, ax=axes, label="load (1 = even share)", extend="max", aspect=20, pad=0.02
     )
