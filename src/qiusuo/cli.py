@@ -121,7 +121,9 @@ def pull(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, a config.json or a recipe.")],
-    context: Annotated[int | None, typer.Option(help="Tokens of context to plan for.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context to plan for.")
+    ] = None,
 ) -> None:
     """Say what a model costs: parameters, active parameters, cache and memory, without weights."""
     from qiusuo.terminal import show_cost
@@ -132,8 +134,10 @@ def inspect(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Draw the run's report.html anew."""
+    from qiusuo.runs.folder import RunFolder
     from qiusuo.runs.report import write_report
 
+    RunFolder.open(run, lock=False)  # refuses what is no run
     typer.echo(write_report(run))
 
 

@@ -136,7 +136,8 @@ def test_flops_of_training_are_torchs() -> None:
     assert cost.forward_flops(LENGTH, mtp=True) * 3 == pytest.approx(counted, rel=0.08)
     whole, half = (cost.forward_flops(n, mtp=True) for n in (LENGTH, LENGTH / 2))
     assert cost.training_flops(LENGTH) == 3 * half
-    assert whole - half == 2.0 * (LENGTH / 2) * cost.attention_width
+    width = cost.attention_width + cost.attention_width_mtp
+    assert whole - half == 2.0 * (LENGTH / 2) * width
 
 
 def test_context_costs_attention_only() -> None:

@@ -29,6 +29,7 @@ def test_the_run_folder_has_everything(undisturbed: Path) -> None:
         "environment.json",
         "log.jsonl",
         "model",
+        "tokenizer",
         "recipe.toml",
         "report.html",
         "samples.jsonl",

@@ -168,7 +168,7 @@ def test_rates_and_decay_come_from_the_recipe() -> None:
         adamw.param_groups[1]["params"]
     )
     assert (muon.param_groups[0]["peak_lr"], muon.param_groups[0]["weight_decay"]) == (0.03, 0.2)
-    [alone] = build_optimizers(model, OptimizerSection(kind="adamw", learning_rate=0.05))
+    [alone] = build_optimizers(model, OptimizerSection(kind="adamw", adamw_learning_rate=0.05))
     assert alone.param_groups[0]["peak_lr"] == 0.05
 
 

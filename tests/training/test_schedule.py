@@ -60,7 +60,8 @@ def test_always_a_share_and_never_up_again(
     )
     found = shares(schedule, steps)
     assert all(0 < share <= 1 for share in found)
-    rising, falling = found[:warmup], found[warmup:]
+    warmed = min(warmup, steps // 2)  # a short run still reaches its peak
+    rising, falling = found[:warmed], found[warmed:]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
     assert all(share >= final - 1e-12 for share in falling)

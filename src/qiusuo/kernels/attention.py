@@ -3,7 +3,8 @@
 PyTorch's fused CPU kernel falls off its fast path when the widths differ, and its bf16 backward
 is slow. Up to a few hundred tokens, plain matrix products per block of queries are faster: they
 run at the machine's bf16 rate, and a block never looks past its own last token. Longer sequences
-go through the fused kernel with the values padded to the keys' width, so that memory stays linear.
+go through the fused kernel with the values padded to the keys' width; there memory stays linear as
+long as no explicit mask is given.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# B batch, H heads, N = B*H, T queries, S keys, E query/key width, V value width.
+# B batch, H heads, N = B*H, X = T*H, T queries, S keys, E query/key width, V value width.
 
 QUERY_BLOCK = 128
 LONGEST_PLAIN = 1024
@@ -53,6 +54,22 @@ def attention(
             )
         )
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+def shared_key_attention(
+    q_BTHE: Tensor, k_BSE: Tensor, v_BSV: Tensor, scale: float, mask_BTS: Tensor | None = None
+) -> Tensor:
+    """Attention [B, T, H, V] of many heads that share their keys and values, as absorbed MLA's do.
+
+    The heads are rows of one product with the keys, so nothing is copied once per head."""
+    queries, heads = q_BTHE.shape[1:3]
+    if mask_BTS is None:
+        mask_BTS = causal_mask(queries, k_BSE.shape[1], q_BTHE.device)[None]
+    scores_BXS = torch.bmm(q_BTHE.flatten(1, 2) * scale, k_BSE.transpose(1, 2))
+    scores_BTHS = scores_BXS.unflatten(1, (queries, heads))
+    scores_BTHS = scores_BTHS.masked_fill(~mask_BTS[:, :, None], -math.inf)
+    out_BXV = torch.bmm(scores_BTHS.softmax(-1).flatten(1, 2), v_BSV)
+    return out_BXV.unflatten(1, (queries, heads))
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -40,6 +40,7 @@ class Cost:
     cache_elements: int
     expanded_cache_elements: int
     attention_width: int
+    attention_width_mtp: int
 
     def weight_bytes(self, precision: str) -> int:
         return int((self.parameters + self.mtp_parameters) * BYTES_PER_WEIGHT[precision])
@@ -48,7 +49,8 @@ class Cost:
         """Floating-point operations for one token that sees ``context`` tokens: two for each
         weight of a product, two for each of attention's scores and of their products."""
         weights = self.matmul_active + (self.matmul_active_mtp if mtp else 0)
-        return 2.0 * weights + 2.0 * context * self.attention_width
+        width = self.attention_width + (self.attention_width_mtp if mtp else 0)
+        return 2.0 * weights + 2.0 * context * width
 
     def training_flops(self, sequence_length: int) -> float:
         """One token forward and backward, MTP included: three forward passes' worth. A causal
@@ -69,7 +71,7 @@ def measure(config: ModelConfig) -> Cost:
         mtp = _layer(name) >= config.num_hidden_layers
         count = tensor.numel()
         total[mtp] += count
-        if ".experts." in name and ".shared_experts." not in name:
+        if ".experts." in name:
             count = count * config.num_experts_per_tok // config.n_routed_experts
         if name == "model.embed_tokens.weight":
             used[mtp] += config.hidden_size
@@ -92,6 +94,7 @@ def measure(config: ModelConfig) -> Cost:
         cache_elements=layers * config.cache_width,
         expanded_cache_elements=layers * heads * widths,
         attention_width=layers * heads * widths,
+        attention_width_mtp=config.num_nextn_predict_layers * heads * widths,
     )
 
 

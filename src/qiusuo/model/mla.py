@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qiusuo.kernels.attention import attention
+from qiusuo.kernels.attention import attention, shared_key_attention
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.layers import RMSNorm
 from qiusuo.model.rope import rotate
@@ -119,10 +119,7 @@ class MultiHeadLatentAttention(nn.Module):
             (self.nope, self.value), dim=1
         )
         q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, to_key_HNC)
-        q_BHTE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1).transpose(1, 2)
-        k_B1SE = torch.cat((latent_BSC, k_rope_BSR), -1)[:, None]
-        heads = (-1, self.heads, -1, -1)
-        out_BHTC = attention(
-            q_BHTE, k_B1SE.expand(heads), latent_BSC[:, None].expand(heads), self.scale, mask_BTS
-        )
-        return torch.einsum("bhtc,hvc->bthv", out_BHTC, to_value_HVC)
+        q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
+        k_BSE = torch.cat((latent_BSC, k_rope_BSR), -1)
+        out_BTHC = shared_key_attention(q_BTHE, k_BSE, latent_BSC, self.scale, mask_BTS)
+        return torch.einsum("bthc,hvc->bthv", out_BTHC, to_value_HVC)

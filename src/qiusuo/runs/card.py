@@ -25,7 +25,7 @@ _ARCHITECTURE = {
     "num_hidden_layers": "Layers",
     "hidden_size": "Hidden size",
     "num_attention_heads": "Attention heads",
-    "kv_lora_rank": "Latent cache (MLA) per token and layer",
+    "kv_lora_rank": "Latent width (MLA)",
     "n_routed_experts": "Routed experts per MoE layer",
     "num_experts_per_tok": "Routed experts per token",
     "n_shared_experts": "Shared experts",

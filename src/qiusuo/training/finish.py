@@ -43,7 +43,7 @@ def finish_run(
     """Write model, summary, card and report of a run whose last stage is done."""
     dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
     save_huggingface(state.model, run.model_path, dtype=dtype, tokenizer=tokenizer)
-    write_summary(run.path, facts(recipe, stage, state, validation))
+    write_summary(run.path, facts(recipe, state, validation))
     run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)
     return Outcome(validation, draw_report(run))
@@ -58,9 +58,15 @@ def draw_report(run: RunFolder) -> str | None:
     return None
 
 
-def facts(
-    recipe: Recipe, stage: PretrainStage, state: StageState, validation: Validation | None
-) -> dict[str, Any]:
+def mend_papers(run: RunFolder) -> None:
+    """Write the card and the report of a finished run that was killed before it had them."""
+    if not run.card_path.exists():
+        write_model_card(run.path, run.model_path)
+    if not run.report_path.exists():
+        draw_report(run)
+
+
+def facts(recipe: Recipe, state: StageState, validation: Validation | None) -> dict[str, Any]:
     """The table of a run, label to value with its unit."""
     cost = measure(state.model.config)
     latent, expanded = cost.cache_elements, cost.expanded_cache_elements
@@ -78,9 +84,10 @@ def facts(
     table["License"] = recipe.license
     if recipe.languages:
         table["Languages"] = list(recipe.languages)
+    sources = dict.fromkeys(e.source for stage in recipe.stages for e in stage.data.corpora)
     table["Data"] = [
         {"name": corpus.name, "license": corpus.licence, "source": corpus.source}
-        for corpus in (open_corpus(entry.source) for entry in stage.data.corpora)
+        for corpus in map(open_corpus, sources)
     ]
     return table
 

@@ -110,13 +110,14 @@ def build_optimizers(model: nn.Module, section: OptimizerSection) -> list[Optimi
             muon.append(parameter)
         else:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    rate = section.adamw_learning_rate if section.kind == "muon" else section.learning_rate
     groups = [
         {"params": decayed, "weight_decay": section.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
     betas = (section.beta1, section.beta2)
-    optimizers: list[Optimizer] = [AdamW(groups, lr=rate, betas=betas, fused=True)]
+    optimizers: list[Optimizer] = [
+        AdamW(groups, lr=section.adamw_learning_rate, betas=betas, fused=True)
+    ]
     if muon:
         optimizers.append(Muon(muon, section.learning_rate, section.momentum, section.weight_decay))
     for optimizer in optimizers:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qiusuo.model.config import ConfigError, ModelConfig
+from qiusuo.model.config import ModelConfig
 
 
 class RecipeError(ValueError):
@@ -69,7 +69,8 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """``muon`` takes the matrices inside the blocks, AdamW the rest; ``adamw`` takes all."""
+    """``muon`` takes the matrices inside the blocks at ``learning_rate``, AdamW the rest at
+    ``adamw_learning_rate``; with ``adamw`` AdamW takes all at ``adamw_learning_rate``."""
 
     kind: Literal["muon", "adamw"] = "muon"
     learning_rate: float = Field(0.02, gt=0)
@@ -216,8 +217,6 @@ def parse_recipe(table: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check a recipe given as nested dicts, e.g. the resolved one of a run folder."""
     try:
         return Recipe.model_validate(table)
-    except ConfigError as error:
-        raise RecipeError(f"{where}: {error}") from error
     except ValidationError as error:
         lines = [_explain(table, dict(detail)) for detail in error.errors()]
         raise RecipeError("\n".join([f"{where}:", *(f"  {line}" for line in lines)])) from error

@@ -13,11 +13,13 @@ def learning_rate_share(schedule: ScheduleSection, step: int, steps: int) -> flo
     wsd (MiniCPM, arXiv:2404.06395 §4): linear warm-up, a plateau, then a linear fall over the last
     ``decay_fraction`` of the steps. cosine: from warm-up's end to the last step.
     """
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
+    # A run of few steps must not end before its rate has been up.
+    warmup = min(schedule.warmup_steps, steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
     final = schedule.final_fraction
     if schedule.kind == "cosine":
-        done = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+        done = (step - warmup) / max(1, steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
     left = (steps - step) / max(1.0, schedule.decay_fraction * steps)
     return final + (1 - final) * min(1.0, left)

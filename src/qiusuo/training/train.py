@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from qiusuo.checkpoint.training_state import load_state
+from qiusuo.data.errors import DataError
 from qiusuo.data.loader import Loader
 from qiusuo.data.prepare import PreparedData, prepare_corpus
 from qiusuo.data.pull import cache_folder
@@ -26,20 +29,31 @@ from qiusuo.model.transformer import Transformer
 from qiusuo.runs.console import LiveView
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
-from qiusuo.training.finish import draw_report, finish_run
+from qiusuo.runs.log import read_log
+from qiusuo.training.finish import draw_report, finish_run, mend_papers
 from qiusuo.training.optimizers import build_optimizers
-from qiusuo.training.pretrain import Pretraining, TrainingError
-from qiusuo.training.recipe import PretrainStage, Recipe, parse_recipe
+from qiusuo.training.pretrain import PACE_STEPS, Pretraining, TrainingError
+from qiusuo.training.recipe import PretrainStage, Recipe, RecipeError, parse_recipe
 from qiusuo.training.state import StageState
 from qiusuo.training.validation import Validation, validate
 from qiusuo.version import __version__
 
+STATUS_SECONDS = 1.0  # between two writings of status.json
 VALIDATION_TOKENS = 8192  # of one pass: without gradients there is room for more than in training
 
 
 def start_run(recipe: Recipe, path: Path) -> RunFolder:
-    """A new run folder that holds the recipe as resolved."""
+    """A new run folder that holds the recipe as resolved. One that never took a step, because its
+    recipe or its data could not work, gives way."""
+    if _never_began(path):
+        RunFolder.open(path).close()  # refuses where another process is just beginning
+        shutil.rmtree(path)
     return RunFolder.create(path, recipe.model_dump(mode="json"), version=__version__)
+
+
+def _never_began(path: Path) -> bool:
+    begun = (path / "log.jsonl").is_file() and (path / "log.jsonl").stat().st_size > 0
+    return (path / "recipe.toml").is_file() and not begun and not any(path.glob("checkpoints/*"))
 
 
 def resume_run(path: Path) -> tuple[Recipe, RunFolder]:
@@ -65,6 +79,7 @@ def train(
         recipe.stage(only_stage)
     if run.status().get("state") == "finished":
         print(f"{run.path} is finished: there is nothing left to train")
+        mend_papers(run)
         return True
     life: _StageLife | None = None
     torch.set_flush_denormal(True)  # probabilities near zero make a CPU ten times slower otherwise
@@ -76,6 +91,9 @@ def train(
             life = _StageLife(recipe, stage, run, device)
             if not life.live(last=stage is recipe.stages[-1]):
                 return False
+        if life is not None and run.status().get("state") == "running":
+            run.set_status("interrupted", **life.place())  # later stages are left
+            draw_report(run)
     except (KeyboardInterrupt, Exception) as error:
         _mark(run, life, error)
         raise
@@ -128,7 +146,8 @@ class _StageLife:
         device: str,
     ) -> None:
         self.recipe, self.stage, self.run = recipe, stage, run
-        self.data = prepare(recipe, stage)
+        self.data = prepare(recipe, stage, run.path / "tokenizer")
+        check_prompts(recipe, stage, self.data.tokenizer)
         model = build_model(recipe, self.data.tokenizer).to(device)
         self.state = StageState(
             model,
@@ -146,8 +165,9 @@ class _StageLife:
         checkpoint = _last_state(run)
         if checkpoint is not None:
             self.state.take_over(checkpoint)
-        self.saved_at = self.state.run_step if checkpoint is not None else -1
+        self.saved_at = self.resumed_at = self.state.run_step if checkpoint is not None else -1
         self.last_validation: Validation | None = None
+        self.status_at = -STATUS_SECONDS
 
     def place(self) -> dict[str, Any]:
         """Where the run stands, as its status says it."""
@@ -160,15 +180,16 @@ class _StageLife:
         run, state = self.run, self.state
         with run.open_log() as log, run.open_samples() as samples, _Stop() as stop:
             log.truncate_after(state.run_step)
-            samples.truncate_after(state.run_step)
+            # The look at a stage's end comes after its last checkpoint, and is then done again.
+            samples.truncate_after(state.run_step - (state.step >= state.planned))
             title = f"{self.recipe.name}: {self.stage.name}"
             with LiveView(self.place()["steps"], title, start_step=state.run_step) as view:
                 self.log, self.samples, self.view, self.stop = log, samples, view, stop
                 Pretraining(self.stage, state, self.note).run(self.after_step)
                 finished = state.step >= state.planned
+                self.checkpoint()
                 if finished:
                     self.look(limit=None)
-                self.checkpoint()
         if finished and last:
             outcome = finish_run(
                 run, self.recipe, self.stage, state, self.data.tokenizer, self.last_validation
@@ -189,19 +210,20 @@ class _StageLife:
         stage, state = self.stage, self.state
         place = self.place()
         self.view.set_total(place["steps"])
-        self.run.set_status("running", **place)
+        if time.monotonic() - self.status_at > STATUS_SECONDS:
+            self.run.set_status("running", **place)
+            self.status_at = time.monotonic()
         if state.step < state.planned:
             if stage.validation_steps and state.step % stage.validation_steps == 0:
                 self.look(limit=stage.validation_tokens)
-            if state.step % stage.checkpoint_steps == 0:
+            planned_now = stage.minutes is not None and state.step == PACE_STEPS
+            if state.step % stage.checkpoint_steps == 0 or planned_now:
                 self.checkpoint()
         return self.stop.asked
 
     def look(self, limit: int | None) -> None:
-        """Validate, and let the model write. A resumed run may stand where it looked before it
-        was saved: then the log has it all, and only the numbers are wanted."""
+        """Validate, and let the model write."""
         stage, state = self.stage, self.state
-        told = state.run_step == self.saved_at
         dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
         device = state.model.lm_head.weight.device.type
         if self.data.validation:
@@ -225,14 +247,21 @@ class _StageLife:
             }
             if seen.mtp_agreement:
                 record["mtp_agreement"] = seen.mtp_agreement[0]
-            if not told:
+                record["mtp_loss"] = seen.mtp_loss[0]
+            if not self.has_validated():
                 self.note(record)
-        if told:
-            return
         for record in write_samples(state.model, self.data.tokenizer, stage):
             sample = {"kind": "sample", "step": state.run_step, **record}
             self.samples.append(sample)
             self.view.update(sample)
+
+    def has_validated(self) -> bool:
+        """Whether the log of a resumed run has this step's validation already."""
+        step = self.state.run_step
+        return step == self.resumed_at and any(
+            record["kind"] == "validation" and record["step"] == step
+            for record in read_log(self.run.log_path)
+        )
 
     def checkpoint(self) -> None:
         state = self.state
@@ -245,12 +274,16 @@ class _StageLife:
         self.run.prune(keep=2)
 
 
-def prepare(recipe: Recipe, stage: PretrainStage) -> PreparedData:
-    """The stage's corpora as token shards, made once and kept in the cache."""
+def prepare(recipe: Recipe, stage: PretrainStage, kept: Path | None = None) -> PreparedData:
+    """The stage's corpora as token shards, made once and kept in the cache.
+
+    A run has one tokenizer: the first stage's, ``kept`` in the run folder for the others.
+    """
     data = stage.data
-    return prepare_corpus(
+    own = stage is recipe.stages[0] or kept is None or not kept.exists()
+    prepared = prepare_corpus(
         [(entry.source, entry.weight) for entry in data.corpora],
-        recipe.tokenizer.spec(),
+        recipe.tokenizer.spec() if own else {"path": str(kept)},
         cache_folder() / "prepared" / f"{recipe.name}-{stage.name}-{_digest(recipe, stage)}",
         validation_fraction=data.validation_fraction,
         deduplicate=data.duplicate_threshold,
@@ -258,6 +291,28 @@ def prepare(recipe: Recipe, stage: PretrainStage) -> PreparedData:
         seed=recipe.seed,
         progress=print,
     )
+    if kept is None:
+        return prepared
+    if not kept.exists():
+        prepared.tokenizer.save(kept)
+    elif Tokenizer.load(kept).fingerprint != prepared.tokenizer.fingerprint:
+        raise DataError(
+            f"vocabulary mismatch: the text of stage {stage.name} now makes another tokenizer than "
+            f"the one of this run ({kept}); restore the text, or start a new run"
+        )
+    return prepared
+
+
+def check_prompts(recipe: Recipe, stage: PretrainStage, tokenizer: Tokenizer) -> None:
+    """Before the first step, not at the first look."""
+    context = recipe.model_for(tokenizer.vocab_size).max_position_embeddings
+    for prompt in stage.samples.prompts:
+        length = (tokenizer.bos_id is not None) + len(tokenizer.encode(prompt))
+        if not 0 < length < context:
+            raise RecipeError(
+                f"stage {stage.name}: the sample prompt {prompt[:20]!r} has {length} tokens; "
+                f"it must have from 1 to {context - 1}"
+            )
 
 
 def _digest(recipe: Recipe, stage: PretrainStage) -> str:

@@ -46,8 +46,9 @@ def validate(
     """Every token of the splits is predicted once (of each, the first ``limit_tokens``)."""
     depth = model.config.num_nextn_predict_layers
     totals, load = _Totals(depth), ExpertLoad(model)
-    characters_per_token = sum(s.characters for s in splits) / sum(s.tokens for s in splits)
+    characters = 0.0
     for shards in splits:
+        before = totals.predicted
         batches: Iterable[Batch] = validation_batches(
             shards,
             batch_size=batch_size,
@@ -57,10 +58,12 @@ def validate(
         )
         for batch in batches:
             _add_batch(model, batch, totals, load, isolate)
+        # The share of the split that was looked at; every token but the first can be.
+        characters += shards.characters * (totals.predicted - before) / (shards.tokens - 1)
     loss = totals.nats / totals.tokens
     return Validation(
         loss=loss,
-        bits_per_character=loss / math.log(2) / characters_per_token,
+        bits_per_character=totals.nats / math.log(2) / characters,
         tokens=totals.tokens,
         mtp_loss=[n / max(1, t) for n, t in zip(totals.mtp_nats, totals.mtp_tokens, strict=True)],
         mtp_agreement=[a / max(1, c) for a, c in zip(totals.agreed, totals.compared, strict=True)],
@@ -70,7 +73,7 @@ def validate(
 
 class _Totals:
     def __init__(self, depth: int) -> None:
-        self.nats, self.tokens = 0.0, 0
+        self.nats, self.tokens, self.predicted = 0.0, 0, 0
         self.mtp_nats, self.mtp_tokens = [0.0] * depth, [0] * depth
         self.agreed, self.compared = [0] * depth, [0] * depth
 
@@ -79,11 +82,16 @@ def _add_batch(
     model: Transformer, batch: Batch, totals: _Totals, load: ExpertLoad, isolate: bool
 ) -> None:
     depth = model.config.num_nextn_predict_layers
-    window = make_window(batch.tokens_BS, batch.documents_BS, batch.valid_BS, depth, isolate)
+    device = model.lm_head.weight.device
+    tokens_BS, documents_BS, valid_BS = (
+        part.to(device) for part in (batch.tokens_BS, batch.documents_BS, batch.valid_BS)
+    )
+    window = make_window(tokens_BS, documents_BS, valid_BS, depth, isolate)
     losses = language_model_losses(model, window)
     load.add(losses.routings)
     totals.nats += losses.main.item()
     totals.tokens += int((window.labels[0] != IGNORE).sum())
+    totals.predicted += int(valid_BS[:, 1 : window.labels[0].shape[1] + 1].sum())
     for k, (loss, labels_BT) in enumerate(zip(losses.mtp, window.labels[1:], strict=True)):
         counted_BT = labels_BT != IGNORE
         totals.mtp_nats[k] += loss.item()
