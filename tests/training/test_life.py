@@ -12,11 +12,12 @@ import torch
 
 import qiusuo
 from qiusuo.data.errors import DataError
+from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.cost import measure
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.runs.summary import read_summary
-from qiusuo.training.recipe import parse_recipe
+from qiusuo.training.recipe import RecipeError, parse_recipe
 from tests.training import lives
 
 
@@ -173,3 +174,32 @@ def test_a_corpus_shorter_than_a_window_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokens, fewer than one window of 100002"):
         lives.live(recipe, tmp_path / "run")
     assert lives.state_of(tmp_path / "run") == "failed"
+
+
+def test_two_stages_share_one_tokenizer_and_one_card(tmp_path: Path) -> None:
+    first = lives.write_corpus(tmp_path / "first.jsonl")
+    second = tmp_path / "second.jsonl"
+    lines = [f'{{"text": "WHOLLY OTHER LETTERS, AND {number} OF THEM"}}' for number in range(200)]
+    second.write_text("\n".join(lines))
+    table = lives.recipe_table(first, steps=4)
+    stage = lives.recipe_table(second, steps=3)["stages"][0]
+    table["stages"].append(stage | {"name": "second"})
+    assert lives.live(parse_recipe(table), tmp_path / "run")
+    assert lives.state_of(tmp_path / "run") == "finished"
+    kept, last = (Tokenizer.load(tmp_path / "run" / part) for part in ("tokenizer", "model"))
+    assert kept.fingerprint == last.fingerprint
+    assert "W" not in kept.backend.get_vocab()
+    assert lives.steps_done(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7]
+    named = [entry["name"] for entry in read_summary(tmp_path / "run")["Data"]]
+    assert named == ["first", "second"]
+
+
+def test_a_prompt_over_the_context_is_refused_before_the_first_step(
+    tmp_path: Path, corpus: Path
+) -> None:
+    recipe = lives.recipe_for(corpus, samples={"prompts": ["the road " * 50]})
+    with pytest.raises(RecipeError, match="sample prompt"):
+        lives.live(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    # Such a run never began: its folder may be used for the mended recipe.
+    assert lives.live(lives.recipe_for(corpus, steps=2), tmp_path / "run")
