@@ -5,6 +5,7 @@
     status.json        where it stands: running, interrupted, failed or finished
     log.jsonl          one line a step; samples.jsonl: what the model wrote on the way
     checkpoints/step-00001234/   resumable training states
+    tokenizer/         the one tokenizer of all stages
     model/             the finished model in Hugging Face layout
     summary.json       the facts worth a table; report.html and README.md are made from all this
 
