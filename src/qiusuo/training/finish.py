@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,6 @@ from qiusuo.training.validation import Validation
 CACHE_BYTES = 2  # the cache of a served model is bf16
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """``report_missing``: why there is no report, where there is none."""
-
-    validation: Validation | None
-    report_missing: str | None
-
-
 def finish_run(
     run: RunFolder,
     recipe: Recipe,
@@ -39,14 +30,15 @@ def finish_run(
     state: StageState,
     tokenizer: Tokenizer,
     validation: Validation | None,
-) -> Outcome:
-    """Write model, summary, card and report of a run whose last stage is done."""
+) -> str | None:
+    """Write model, summary, card and report of a run whose last stage is done. Returns the reason
+    where there is no report."""
     dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
     save_huggingface(state.model, run.model_path, dtype=dtype, tokenizer=tokenizer)
     write_summary(run.path, facts(recipe, state, validation))
     run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)
-    return Outcome(validation, draw_report(run))
+    return draw_report(run)
 
 
 def draw_report(run: RunFolder) -> str | None:

@@ -7,7 +7,6 @@ before it, so a run that was killed goes on with the same losses as one that was
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -70,8 +69,6 @@ class Pretraining:
         whole; training stops early where it returns true."""
         state = self.state
         batches = iter(state.loader)
-        gc.collect()
-        gc.freeze()  # what is loaded by now stays: the collector need not walk it again and again
         while state.step < state.planned:
             start = time.perf_counter()
             result = self.one_step(next(batches))

@@ -6,6 +6,7 @@ the last whole checkpoint, and ``resume`` goes on from it as if nothing had happ
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -99,6 +100,7 @@ def train(
         raise
     finally:
         torch.set_flush_denormal(False)  # the process may have other plans
+        gc.unfreeze()
     return True
 
 
@@ -185,17 +187,20 @@ class _StageLife:
             title = f"{self.recipe.name}: {self.stage.name}"
             with LiveView(self.place()["steps"], title, start_step=state.run_step) as view:
                 self.log, self.samples, self.view, self.stop = log, samples, view, stop
-                Pretraining(self.stage, state, self.note).run(self.after_step)
+                steps = Pretraining(self.stage, state, self.note)
+                gc.collect()
+                gc.freeze()  # what is loaded by now stays: no need to walk it again and again
+                steps.run(self.after_step)
                 finished = state.step >= state.planned
                 self.checkpoint()
                 if finished:
                     self.look(limit=None)
         if finished and last:
-            outcome = finish_run(
+            report_missing = finish_run(
                 run, self.recipe, self.stage, state, self.data.tokenizer, self.last_validation
             )
-            if outcome.report_missing:
-                print(f"report.html was not drawn: {outcome.report_missing}")
+            if report_missing:
+                print(f"report.html was not drawn: {report_missing}")
         elif not finished:
             run.set_status("interrupted", **self.place())
             draw_report(run)
