@@ -14,8 +14,8 @@ import pytest
 
 import qiusuo
 from qiusuo import cli
-from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import measure
+from qiusuo.model.families import config_from_file
 from qiusuo.runs.folder import RunFolder
 from tests.model.shapes import tiny_model
 from tests.model.test_published import V3
@@ -282,7 +282,7 @@ def test_inspect_where_it_fits(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Non
     qiusuo.LanguageModel(tiny_model(), None).save("model")
     monkeypatch.setattr("qiusuo.model.cost.available_memory", lambda: 1 << 30)
     answer = ask("inspect", "model", "--context", "1000")
-    cost = measure(ModelConfig.from_file("model"))
+    cost = measure(config_from_file("model"))
     assert f"{cost.parameters:,}" in answer.out
     assert "Cache of 1,000 tokens" in answer.out
     assert answer.out.count(": fits") == 5

@@ -155,7 +155,7 @@ def main() -> None:
 def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.checkpoint.files import CheckpointError
     from qiusuo.data.errors import DataError
-    from qiusuo.model.config import ConfigError
+    from qiusuo.model.checks import ConfigError
     from qiusuo.runs.durable import RunError
     from qiusuo.training.pretrain import TrainingError
     from qiusuo.training.recipe import RecipeError

@@ -97,7 +97,8 @@ def _plain_table() -> Table:
 
 
 def _find_config(model: str) -> Any:
-    from qiusuo.model.config import ConfigError, ModelConfig
+    from qiusuo.model.checks import ConfigError
+    from qiusuo.model.families import config_from_file
     from qiusuo.training.recipe import built_in_recipes, read_recipe
 
     path = Path(model)
@@ -114,4 +115,4 @@ def _find_config(model: str) -> Any:
         return recipe.model_for(recipe.tokenizer.vocab_size)
     if (path / "model" / "config.json").is_file():
         path = path / "model"
-    return ModelConfig.from_file(path)
+    return config_from_file(path)

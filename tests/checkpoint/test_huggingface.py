@@ -19,7 +19,7 @@ from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.huggingface import load_huggingface, save_huggingface
 from qiusuo.checkpoint.tensors import disk_layout
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.model.config import ConfigError
+from qiusuo.model.checks import ConfigError
 from qiusuo.model.transformer import Transformer
 from tests.model.shapes import VARIANTS, tiny_model
 

@@ -2,13 +2,18 @@
 
 import torch
 
-from qiusuo.model.config import ModelConfig, YarnScaling
+from qiusuo.model.config import ModelConfig
+from qiusuo.model.deepseek_config import DeepseekConfig
+from qiusuo.model.dense_config import DenseConfig
+from qiusuo.model.rope_scaling import LlamaScaling, YarnScaling
 from qiusuo.model.transformer import Transformer
 
 YARN = YarnScaling(factor=8.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
 
 
 def tiny_config(**changes: object) -> ModelConfig:
+    if changes.get("model_type") in DenseConfig.MODEL_TYPES:
+        return tiny_dense_config(**changes)
     base: dict[str, object] = dict(
         vocab_size=97,
         hidden_size=48,
@@ -32,7 +37,21 @@ def tiny_config(**changes: object) -> ModelConfig:
     )
     if changes.get("model_type") == "deepseek_v2":
         base |= dict(norm_topk_prob=False, routed_scaling_factor=1.0)
-    return ModelConfig(**(base | changes))  # type: ignore[arg-type]
+    return DeepseekConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+def tiny_dense_config(**changes: object) -> DenseConfig:
+    base: dict[str, object] = dict(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+    )
+    return DenseConfig(**(base | changes))  # type: ignore[arg-type]
 
 
 def tiny_model(seed: int = 0, negative_biases: bool = False, **changes: object) -> Transformer:
@@ -40,7 +59,7 @@ def tiny_model(seed: int = 0, negative_biases: bool = False, **changes: object) 
     generator = torch.Generator().manual_seed(seed)
     model.initialize(generator)
     for parameter in model.parameters():  # norms that are not all ones
-        if parameter.ndim == 1:
+        if parameter.ndim == 1:  # and biases that are not zeros
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     for router in model.routers().values():
         bias = router.e_score_correction_bias
@@ -69,3 +88,28 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "v2-groups": {"model_type": "deepseek_v2", "routed_scaling_factor": 16.0},
 }
+DENSE: dict[str, dict[str, object]] = {
+    "llama": {"model_type": "llama"},
+    "llama3": {
+        "model_type": "llama",
+        "head_dim": 10,
+        "rope_theta": 5e5,
+        "rope_scaling": LlamaScaling(factor=8.0, original_max_position_embeddings=32),
+    },
+    "llama-own-heads-tied": {
+        "model_type": "llama",
+        "num_key_value_heads": 6,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
+    "qwen2-tied": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen2-yarn": {
+        "model_type": "qwen2",
+        "rope_scaling": YarnScaling(factor=4.0, original_max_position_embeddings=32),
+    },
+}
+FAMILIES = VARIANTS | DENSE

@@ -14,15 +14,15 @@ from qiusuo.checkpoint.huggingface import save_huggingface
 from qiusuo.checkpoint.tensors import mtp_copies
 from qiusuo.kernels.cross_entropy import cross_entropy_reference
 from qiusuo.model import cost as costs
-from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import Cost, available_memory, measure
+from qiusuo.model.families import config_from_hf
 from tests.model.shapes import VARIANTS, tiny_config, tiny_model
 from tests.model.test_published import V2, V2_LITE, V3
 
 
 @pytest.fixture(scope="module")
 def v3() -> Cost:
-    return measure(ModelConfig.from_hf(V3))
+    return measure(config_from_hf(V3))
 
 
 def test_v3(v3: Cost) -> None:
@@ -40,7 +40,7 @@ def test_v3(v3: Cost) -> None:
     ids=["V2-Lite", "V2"],
 )
 def test_v2(raw: dict[str, Any], parameters: int, active: float) -> None:
-    cost = measure(ModelConfig.from_hf(raw))
+    cost = measure(config_from_hf(raw))
     assert (cost.parameters, cost.mtp_parameters) == (parameters, 0)
     assert cost.active == pytest.approx(active, rel=0.025)
 

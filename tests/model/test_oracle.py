@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qiusuo.model.config import YarnScaling
+from qiusuo.model.rope_scaling import YarnScaling
 from tests.model import oracle
 from tests.model.saved import save_and_read
 from tests.model.shapes import VARIANTS, tiny_model

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qiusuo.checkpoint.tensors import disk_layout, mtp_copies
-from qiusuo.model.config import ModelConfig, YarnScaling
+from qiusuo.model.families import config_from_hf
+from qiusuo.model.rope_scaling import YarnScaling
 from qiusuo.model.transformer import Transformer
 from tests.model.shapes import tiny_model
 
@@ -139,7 +140,7 @@ V2_LITE = V2 | {
 
 def on_meta(raw: dict) -> Transformer:
     with torch.device("meta"):
-        return Transformer(ModelConfig.from_hf(raw))
+        return Transformer(config_from_hf(raw))
 
 
 def elements(model: Transformer) -> dict[str, int]:
@@ -158,7 +159,7 @@ def is_mtp(name: str) -> bool:
 @pytest.mark.filterwarnings("error")  # every key of a published config.json is known
 @pytest.mark.parametrize("raw", [V3, V2, V2_LITE], ids=["V3", "V2", "V2-Lite"])
 def test_published_config_says_what_it_says(raw):
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     yarn = raw["rope_scaling"]
     for key, value in raw.items():
         if hasattr(config, key) and key != "rope_scaling":

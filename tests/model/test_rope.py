@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
-from qiusuo.model.config import ModelConfig, YarnScaling
-from qiusuo.model.rope import frequencies, rotate, rotations
+from qiusuo.model.families import config_from_hf
+from qiusuo.model.rope import frequencies, rotate_pairs, rotations
+from qiusuo.model.rope_scaling import YarnScaling
 from tests.model import oracle
 from tests.model.shapes import VARIANTS, tiny_config
 from tests.model.test_published import V2_LITE, V3
 
 
 def test_yarn_of_v3_ramps_from_pair_10_to_pair_23():
-    pairs = frequencies(ModelConfig.from_hf(V3)).double().tolist()
+    pairs = frequencies(config_from_hf(V3)).double().tolist()
     plain = [10000 ** (-2 * pair / 64) for pair in range(32)]
     slowed = [p / f for p, f in zip(plain, pairs, strict=True)]
     assert slowed[:11] == pytest.approx([1.0] * 11, rel=1e-6)
@@ -24,7 +25,7 @@ def test_yarn_of_v3_ramps_from_pair_10_to_pair_23():
 
 @pytest.mark.parametrize("raw", [V3, V2_LITE], ids=["V3", "V2-Lite"])
 def test_published_frequencies(raw):
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     expected = [
         oracle.yarn_frequency(10000 ** (-2 * pair / 64), pair, 64, 10000.0, raw["rope_scaling"])
         for pair in range(32)
@@ -42,7 +43,7 @@ def test_ends_that_fall_together_are_a_step():
 
 def test_far_positions_are_exact_enough():
     """The last positions of V3's context: float32 angles keep three decimals there."""
-    config = ModelConfig.from_hf(V3)
+    config = config_from_hf(V3)
     turns = rotations(config, torch.tensor([163_839]))[0]
     for pair, frequency in enumerate(frequencies(config).double().tolist()):
         angle = 163_839 * frequency
@@ -54,7 +55,7 @@ def test_turning_adjacent_pairs(name):
     config = tiny_config(**VARIANTS[name])
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(1))
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 3, 3, 0, 60]])
-    turned = rotate(x, rotations(config, positions))
+    turned = rotate_pairs(x, rotations(config, positions))
     raw = config.to_hf()
     for b in range(2):
         for t in range(5):
@@ -68,5 +69,5 @@ def test_bfloat16_is_turned_in_float32():
     config = tiny_config()
     x = torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     turns = rotations(config, torch.arange(40)[None])
-    assert rotate(x, turns).dtype == torch.bfloat16
-    assert torch.equal(rotate(x, turns), rotate(x.float(), turns).bfloat16())
+    assert rotate_pairs(x, turns).dtype == torch.bfloat16
+    assert torch.equal(rotate_pairs(x, turns), rotate_pairs(x.float(), turns).bfloat16())

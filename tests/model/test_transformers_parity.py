@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qiusuo.checkpoint.huggingface import load_huggingface, save_huggingface
-from tests.model.shapes import VARIANTS, tiny_config, tiny_model
+from tests.model.shapes import DENSE, FAMILIES, tiny_config, tiny_model
 
 TOKENS = torch.randint(97, (2, 37), generator=torch.Generator().manual_seed(1))
 
@@ -14,7 +14,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 @torch.no_grad()
 def test_transformers_reads_what_we_write(changes, tmp_path):
     model = tiny_model(**changes)
@@ -28,10 +28,10 @@ def test_transformers_reads_what_we_write(changes, tmp_path):
     assert relative_error(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["v3", "v3-yarn", "v2-lite", "v2-groups"])
+@pytest.mark.parametrize("name", ["v3", "v3-yarn", "v2-lite", "v2-groups", *DENSE])
 @torch.no_grad()
 def test_we_read_what_transformers_writes(name, tmp_path):
-    changes = VARIANTS[name]
+    changes = FAMILIES[name]
     model = tiny_model(**changes)
     save_huggingface(model, tmp_path / "ours")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)

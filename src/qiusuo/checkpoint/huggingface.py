@@ -21,7 +21,7 @@ from torch import Tensor
 from qiusuo.checkpoint.files import CheckpointError, replacing_folder, restore_folder
 from qiusuo.checkpoint.tensors import disk_layout, memory_state, mtp_copies
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.model.config import ModelConfig
+from qiusuo.model.families import config_from_file
 from qiusuo.model.transformer import Transformer
 
 SHARD_BYTES = 4 << 30
@@ -65,7 +65,7 @@ def load_huggingface(
     """
     folder = Path(folder)
     restore_folder(folder)
-    config = ModelConfig.from_file(folder)
+    config = config_from_file(folder)
     with ExitStack() as stack:
         files = _open_tensors(folder, stack)
         if "model.embed_tokens.weight" not in files:

@@ -29,15 +29,15 @@ class Part:
 
 def disk_layout(config: ModelConfig, state: dict[str, Tensor]) -> Iterator[tuple[str, Part]]:
     """(name on disk, place in memory) for every tensor of a checkpoint but the MTP copies."""
-    width = config.moe_intermediate_size
-    for name in state:
+    for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         base, _, stacked = name.rpartition(".experts.")
         if stacked not in ("gate_up_proj", "down_proj"):
             yield name, Part(name)
             continue
-        for expert in range(config.n_routed_experts):
+        experts, width = tensor.shape[0], tensor.shape[1] // 2
+        for expert in range(experts):
             prefix = f"{base}.experts.{expert}"
             if stacked == "down_proj":
                 yield f"{prefix}.down_proj.weight", Part(name, (expert,))

@@ -25,7 +25,7 @@ class LatentCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.latent_width = config.kv_lora_rank
+        self.first_width = config.cache_parts[0]
         shape = (config.num_hidden_layers, rows, capacity, config.cache_width)
         self.entries_LBSX = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -43,7 +43,7 @@ class LatentCache:
 
 
 class LayerCache:
-    """One layer's view, as the attention module wants it (``LatentStore``)."""
+    """One layer's view, as the attention module wants it (``KeyValueStore``)."""
 
     def __init__(self, cache: LatentCache, number: int) -> None:
         self.cache, self.number = cache, number
@@ -52,7 +52,7 @@ class LayerCache:
         start = self.cache.length
         stop = start + latent_BTC.shape[1]
         entries_BSX = self.cache.entries_LBSX[self.number]
-        width = self.cache.latent_width
+        width = self.cache.first_width
         entries_BSX[:, start:stop, :width] = latent_BTC
         entries_BSX[:, start:stop, width:] = k_rope_BTR
         seen_BSX = entries_BSX[:, :stop]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.transformer import Transformer
 
 BYTES_PER_WEIGHT = {
@@ -71,7 +72,7 @@ def measure(config: ModelConfig) -> Cost:
         mtp = _layer(name) >= config.num_hidden_layers
         count = tensor.numel()
         total[mtp] += count
-        if ".experts." in name:
+        if ".experts." in name and isinstance(config, DeepseekConfig):
             count = count * config.num_experts_per_tok // config.n_routed_experts
         if name == "model.embed_tokens.weight":
             used[mtp] += config.hidden_size
@@ -84,7 +85,7 @@ def measure(config: ModelConfig) -> Cost:
         matmul[False] += head
     matmul[True] += head * config.num_nextn_predict_layers
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    widths = config.qk_head_dim + config.v_head_dim
+    widths = sum(config.head_widths)
     return Cost(
         parameters=total[False],
         mtp_parameters=total[True],

@@ -13,15 +13,14 @@ the same attention:
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
 from qiusuo.kernels.attention import attention, shared_key_attention
-from qiusuo.model.config import ModelConfig
+from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.layers import RMSNorm
-from qiusuo.model.rope import rotate
+from qiusuo.model.rope import rotate_pairs
+from qiusuo.model.store import KeyValueStore
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
 # N nope width, R rope width, C latent width (kv_lora_rank), V value width, P = R/2.
@@ -29,14 +28,8 @@ from qiusuo.model.rope import rotate
 LATENT_NORM_EPS = 1e-6  # released code fixes it for these two norms, whatever the config says
 
 
-class LatentStore(Protocol):
-    """One layer's share of a cache: takes the new tokens' latents, gives back all of them."""
-
-    def append(self, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 class MultiHeadLatentAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -60,7 +53,7 @@ class MultiHeadLatentAttention(nn.Module):
         x_BTD: Tensor,
         turns_BTP: Tensor,
         mask_BTS: Tensor | None = None,
-        store: LatentStore | None = None,
+        store: KeyValueStore | None = None,
         absorbed: bool = False,
     ) -> Tensor:
         """``turns``: RoPE of the new tokens' positions. ``mask``: true where a token may look, None
@@ -81,13 +74,13 @@ class MultiHeadLatentAttention(nn.Module):
             q = self.q_proj(x_BTD)
         q_BTHE = q.unflatten(-1, (self.heads, self.nope + self.rope))
         q_nope_BTHN, q_rope_BTHR = q_BTHE.split((self.nope, self.rope), dim=-1)
-        return q_nope_BTHN, rotate(q_rope_BTHR, turns_BTP)
+        return q_nope_BTHN, rotate_pairs(q_rope_BTHR, turns_BTP)
 
     def latents(self, x_BTD: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache keeps of each token: normed latent [B,T,C], turned rope key [B,T,R]."""
         both = self.kv_a_proj_with_mqa(x_BTD)
         latent_BTC, k_rope_BTR = both.split((self.latent, self.rope), dim=-1)
-        k_rope_BTR = rotate(k_rope_BTR[:, :, None], turns_BTP)[:, :, 0]
+        k_rope_BTR = rotate_pairs(k_rope_BTR[:, :, None], turns_BTP)[:, :, 0]
         return self.kv_a_layernorm(latent_BTC), k_rope_BTR
 
     def attend_expanded(

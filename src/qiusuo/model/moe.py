@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qiusuo.kernels.experts import experts_grouped
-from qiusuo.model.config import ModelConfig
+from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.layers import MLP
 
 # B batch, T tokens, M = B*T, D hidden, E experts, K experts per token, g groups.
@@ -33,7 +33,7 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
@@ -76,7 +76,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts as two stacked tensors; per-expert names exist in checkpoints only."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         experts, width = config.n_routed_experts, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size))
@@ -89,7 +89,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.deepseek_config import DeepseekConfig
+from qiusuo.model.dense_config import DenseConfig
+from qiusuo.model.gqa import GroupedQueryAttention
 from qiusuo.model.layers import MLP, RMSNorm
-from qiusuo.model.mla import LatentStore, MultiHeadLatentAttention
+from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import MoE, Router, Routing
 from qiusuo.model.rope import rotations
+from qiusuo.model.store import KeyValueStore
 
 # B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs.
 
@@ -33,7 +37,7 @@ class Context(NamedTuple):
 
     turns_BTP: Tensor
     mask_BTS: Tensor | None
-    store: Callable[[int], LatentStore] | None  # by layer number
+    store: Callable[[int], KeyValueStore] | None  # by layer number
     absorbed: bool
 
 
@@ -43,8 +47,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.self_attn = MultiHeadLatentAttention(config)
-        if config.is_moe_layer(layer):
+        self.self_attn = _attention(config)
+        if isinstance(config, DeepseekConfig) and config.is_moe_layer(layer):
             self.mlp: MLP | MoE = MoE(config)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
@@ -65,6 +69,15 @@ class Block(nn.Module):
             out_BTD, routing = self.mlp(normed_BTD)
             return x_BTD + out_BTD, routing
         return x_BTD + self.mlp(normed_BTD), None
+
+
+def _attention(config: ModelConfig) -> MultiHeadLatentAttention | GroupedQueryAttention:
+    match config:
+        case DeepseekConfig():
+            return MultiHeadLatentAttention(config)
+        case DenseConfig():
+            return GroupedQueryAttention(config)
+    raise TypeError(f"{type(config).__name__} is no family of models")
 
 
 class SharedHead(nn.Module):
@@ -122,7 +135,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V2/V3 language model. ``forward`` gives hidden states; ``logits`` the head's."""
+    """A language model of any family. ``forward`` gives hidden states; ``logits`` the head's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -137,7 +150,7 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
-        store: Callable[[int], LatentStore] | None = None,
+        store: Callable[[int], KeyValueStore] | None = None,
         absorbed: bool = False,
     ) -> Hidden:
         """Hidden states after the final norm. Without ``positions`` tokens count from 0; without
@@ -166,7 +179,7 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
-        store: Callable[[int], LatentStore] | None = None,
+        store: Callable[[int], KeyValueStore] | None = None,
         absorbed: bool = False,
     ) -> Context:
         if positions_BT is None:
@@ -185,10 +198,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Random weights: normal with ``initializer_range``; norms one, router biases zero."""
+        """Random weights: normal with ``initializer_range``; norms one, biases zero."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
         for router in self.routers().values():

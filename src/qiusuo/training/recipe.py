@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.families import config_from_recipe
 
 
 class RecipeError(ValueError):
@@ -176,7 +177,7 @@ class Recipe(Section):
                 f"[model] vocab_size is {stated}, but the tokenizer has {vocab_size} tokens: "
                 "leave vocab_size out, or give the tokenizer it belongs to"
             )
-        return ModelConfig.from_recipe({"vocab_size": vocab_size, **special, **self.model})
+        return config_from_recipe({"vocab_size": vocab_size, **special, **self.model})
 
     def stage(self, name: str) -> PretrainStage:
         for stage in self.stages:
