@@ -262,21 +262,13 @@ def test_many_missing_are_counted(tmp_path):
         load_huggingface(tmp_path / "m")
 
 
-def test_fp8_weights_are_named(tmp_path):
-    save_huggingface(tiny_model(), tmp_path / "m")
-    scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
-    change(tmp_path / "m", **{scale: torch.ones(1, 1)})
-    with pytest.raises(CheckpointError, match=f"FP8.*{scale}"):
-        load_huggingface(tmp_path / "m")
-
-
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99, 0.99999])
 def test_file_that_was_cut_short(share, tmp_path):
     save_huggingface(tiny_model(), tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut short"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is (damaged, )?cut short"):
         load_huggingface(tmp_path / "m")
 
 
@@ -288,7 +280,7 @@ def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_huggingface(tmp_path / "m")
     save_file({"x": torch.ones(1)}, tmp_path / "m" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"missing: model\.embed_tokens\.weight"):
         load_huggingface(tmp_path / "m")
 
 

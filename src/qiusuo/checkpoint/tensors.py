@@ -1,8 +1,9 @@
 """The names and shapes tensors have on disk, against those they have in memory.
 
 Two things differ, and only here. A checkpoint stores every routed expert's three matrices apart,
-memory holds all experts of a layer as two stacked tensors. And a checkpoint repeats the embedding
-and the head inside each MTP layer (vLLM's loader reads them there), memory holds them once.
+memory holds all experts of a layer as two stacked tensors. And a checkpoint may repeat the
+embedding and the head (inside each MTP layer, where vLLM's loader reads them, or as the head of a
+tied model); memory holds them once.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,21 @@ class Part:
         return state[self.name][self.index] if self.index else state[self.name]
 
 
+def meta_state(config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor of the model in memory, with a shape and without storage."""
+    with torch.device("meta"):
+        return dict(Transformer(config).state_dict())
+
+
+def memory_state(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
 def disk_layout(config: ModelConfig, state: dict[str, Tensor]) -> Iterator[tuple[str, Part]]:
-    """(name on disk, place in memory) for every tensor of a checkpoint but the MTP copies."""
+    """(name on disk, place in memory) for every tensor of a checkpoint but the copies."""
     for name, tensor in state.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == HEAD and config.tie_word_embeddings:
             continue
         base, _, stacked = name.rpartition(".experts.")
         if stacked not in ("gate_up_proj", "down_proj"):
@@ -46,15 +61,33 @@ def disk_layout(config: ModelConfig, state: dict[str, Tensor]) -> Iterator[tuple
                 yield f"{prefix}.up_proj.weight", Part(name, (expert, slice(width, None)))
 
 
+def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of this config must hold."""
+    state = meta_state(config)
+    return {name: tuple(part.of(state).shape) for name, part in disk_layout(config, state)}
+
+
 def mtp_copies(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """(name of the copy inside an MTP layer, name of what it repeats)."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
     for depth in range(config.num_nextn_predict_layers):
         prefix = f"model.layers.{config.num_hidden_layers + depth}"
-        yield f"{prefix}.embed_tokens.weight", "model.embed_tokens.weight"
+        yield f"{prefix}.embed_tokens.weight", EMBEDDING
         yield f"{prefix}.shared_head.head.weight", head
 
 
-def memory_state(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and buffers by name, detached."""
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+def copies(config: ModelConfig) -> dict[str, str]:
+    """Names that a checkpoint may hold beside the layout's, and what each must be equal to."""
+    tied = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
+    return dict(mtp_copies(config)) | tied
+
+
+def layer_of(name: str) -> int:
+    """The layer a tensor belongs to; -1 for those outside the layers."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2].isdigit() else -1
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key to sort names by: layer 2 before layer 10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]

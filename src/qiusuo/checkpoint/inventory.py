@@ -1,0 +1,84 @@
+"""Whether a checkpoint holds what its config says: every tensor, no other, each of its shape.
+
+All of it is known from headers, so it is checked before a number is read or a byte allocated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from qiusuo.checkpoint.files import CheckpointError
+from qiusuo.checkpoint.stored import Checkpoint
+from qiusuo.checkpoint.tensors import copies, disk_shapes, layer_of, natural
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.config import ModelConfig
+
+SHOWN = 5
+# Tables that old Llama files carry though they follow from the config.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def check_inventory(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError naming what is missing, surplus or of the wrong shape."""
+    shapes, config = disk_shapes(checkpoint.config), checkpoint.config
+    repeated = copies(config)
+    found = {name for name in checkpoint.tensors if not _DERIVED.search(name)}
+    missing = sorted(set(shapes) - found, key=natural)
+    surplus = sorted(found - set(shapes) - set(repeated), key=natural)
+    if missing or surplus:
+        lines = [f"{checkpoint.place} does not hold what its config says:"]
+        lines += _listed("missing", missing, surplus) + _listed("surplus", surplus, missing)
+        raise CheckpointError("\n".join([*lines, *_hint(config, missing, surplus)]))
+    expected = shapes | {copy: shapes[original] for copy, original in repeated.items()}
+    held = {name: checkpoint.tensors[name] for name in expected if name in found}
+    wrong = [name for name, tensor in held.items() if tensor.shape != expected[name]]
+    if wrong:
+        lines = [f"{checkpoint.place} has tensors of other shapes than its config says:"]
+        lines += [
+            f"  {held[name].place} has shape {held[name].shape}, expected {expected[name]}"
+            for name in wrong[:SHOWN]
+        ]
+        lines += [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        raise CheckpointError("\n".join(lines))
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
+    """A vocabulary may be smaller than the embedding (padding), never larger."""
+    rows = checkpoint.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{checkpoint.place}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
+            f"only {rows} rows (vocab_size): they do not belong together"
+        )
+
+
+def _listed(kind: str, names: list[str], others: list[str]) -> list[str]:
+    lines = []
+    for name in names[:SHOWN]:
+        near = difflib.get_close_matches(name, others, 1)
+        lines.append(f"  {kind}: {name}" + (f" (nearest: {near[0]})" if near else ""))
+    if len(names) > SHOWN:
+        lines.append(f"  {kind}: and {len(names) - SHOWN} more")
+    return lines
+
+
+def _hint(config: ModelConfig, missing: list[str], surplus: list[str]) -> list[str]:
+    """What the difference most likely comes from, where it has one cause."""
+    layers = config.num_hidden_layers
+    if not surplus and all(layer_of(name) >= layers for name in missing):
+        return [
+            f"All of it belongs to MTP modules. If this checkpoint came without them, set "
+            f"num_nextn_predict_layers to 0 in its config.json (now "
+            f"{config.num_nextn_predict_layers})."
+        ]
+    beyond = {layer_of(name) for name in surplus}
+    if not missing and min(beyond) >= layers:
+        return [
+            f"config.json counts {layers} layers (num_hidden_layers) and "
+            f"{config.num_nextn_predict_layers} MTP modules (num_nextn_predict_layers); the files "
+            f"go on to layer {max(beyond)}."
+        ]
+    if missing == ["lm_head.weight"]:
+        return ["Without a head of its own the model must say tie_word_embeddings: true."]
+    return []

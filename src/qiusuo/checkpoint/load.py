@@ -1,0 +1,108 @@
+"""From a checkpoint to a model in memory, and back to a checkpoint without a file.
+
+Loading allocates the model once, in its final type, and fills it a few rows at a time; the peak is
+the final weights and a few megabytes. Everything that can be refused is refused before that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qiusuo.checkpoint.files import CheckpointError
+from qiusuo.checkpoint.inventory import check_inventory
+from qiusuo.checkpoint.stored import Checkpoint, MemoryTensor, Progress, StoredTensor, chunks
+from qiusuo.checkpoint.tensors import (
+    EMBEDDING,
+    copies,
+    disk_layout,
+    memory_state,
+    meta_state,
+    mtp_copies,
+)
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.cost import available_memory
+from qiusuo.model.transformer import Transformer
+
+ROUTER_BIAS = "e_score_correction_bias"  # float32 whatever the weights are
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float32}
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Transformer:
+    """``dtype=None`` takes the type the embedding is stored in, bfloat16 if that is a quantised
+    one. Raises CheckpointError for a checkpoint that contradicts its config, and where the machine
+    has not the memory for it."""
+    check_inventory(checkpoint)
+    dtype = dtype or _DTYPES.get(checkpoint.tensors[EMBEDDING].kind, torch.bfloat16)
+    device, config = torch.device(device), checkpoint.config
+    shapes = meta_state(config)
+    types = {name: torch.float32 if name.endswith(ROUTER_BIAS) else dtype for name in shapes}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    needed = sum(shape.numel() * types[name].itemsize for name, shape in shapes.items())
+    if device.type == "cpu":
+        _check_memory(checkpoint, dtype, needed)
+    state = {
+        name: torch.empty(meta.shape, dtype=types[name], device=device)
+        for name, meta in shapes.items()
+    }
+    done = 0
+    for name, part in disk_layout(config, state):
+        target = part.of(state)
+        for start, rows in chunks(checkpoint.tensors[name]):
+            target[start : start + len(rows)].copy_(rows)
+            done += rows.numel() * target.itemsize
+            if progress is not None:
+                progress(done, needed)
+    for name, original in copies(config).items():
+        if name in checkpoint.tensors:
+            _check_copy(checkpoint.tensors[name], state[original])
+    return _assembled(checkpoint, state)
+
+
+def checkpoint_of(model: Transformer, tokenizer: Tokenizer | None) -> Checkpoint:
+    """A model in memory as the writers want it."""
+    state = memory_state(model)
+    layout = {name: part.of(state) for name, part in disk_layout(model.config, state)}
+    layout |= {name: state[original] for name, original in mtp_copies(model.config)}
+    tensors: dict[str, StoredTensor] = {n: MemoryTensor(n, tensor) for n, tensor in layout.items()}
+    return Checkpoint(Path("the model"), "memory", model.config, tensors, lambda: tokenizer)
+
+
+def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, needed: int) -> None:
+    free = available_memory()
+    if needed > free:
+        raise CheckpointError(
+            f"{checkpoint.place} needs {needed / 1e9:.1f} GB of memory in "
+            f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free: close other "
+            "programs, choose a smaller dtype or a smaller model"
+        )
+
+
+def _check_copy(copy: StoredTensor, original: Tensor) -> None:
+    for start, rows in chunks(copy):
+        expected = original[start : start + len(rows)]
+        if not torch.equal(rows.to(expected.dtype), expected.cpu()):
+            raise CheckpointError(
+                f"{copy.place} differs from the main model's; MTP modules and tied models with an "
+                "embedding or head of their own are not supported"
+            )
+
+
+def _assembled(checkpoint: Checkpoint, state: dict[str, Tensor]) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config)
+    if checkpoint.config.tie_word_embeddings:
+        state = state | {"lm_head.weight": state[EMBEDDING]}
+    model.load_state_dict(state, assign=True, strict=True)
+    if checkpoint.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model

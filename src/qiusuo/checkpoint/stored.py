@@ -1,0 +1,105 @@
+"""A checkpoint as its readers and writers see it: a config, tensors by name, a tokenizer.
+
+Whatever the format, a tensor is something with a shape that is read a few rows at a time, under
+the name that Hugging Face's files give it. So one loader, one inventory and one writer for each
+format do for all of them, and nothing ever holds more than a few rows beside what it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.config import ModelConfig
+
+CHUNK_BYTES = 8 << 20
+Progress = Callable[[int, int], None]
+"""Called with bytes so far and bytes in all."""
+
+
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint. ``kind`` is what its numbers are stored as ("BF16", "F8_E4M3",
+    "Q4_K" ...), ``stored_bytes`` what they take there; ``place`` names it in messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def place(self) -> str: ...
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the first dimension, in a type that holds them exactly (float32 for FP8 and
+        quantised ones); the memory is the reader's until the next call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors`` under the names of a Hugging Face folder: experts apart, MTP copies included
+    where stored. ``read_tokenizer`` gives None where there is none."""
+
+    place: Path
+    format: str  # "Hugging Face" or "GGUF"
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+    read_tokenizer: Callable[[], Tokenizer | None]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class MemoryTensor:
+    """A tensor that a model holds already."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.tensor.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.tensor.nbytes
+
+    @property
+    def place(self) -> str:
+        return self.name
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor[start:stop].detach().cpu()
+
+
+def chunks(tensor: StoredTensor, row_multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) over the whole tensor, about ``CHUNK_BYTES`` of float32 at a time and a
+    multiple of ``row_multiple`` rows but for the last."""
+    rows = tensor.shape[0]
+    width = 4 * max(1, torch.Size(tensor.shape[1:]).numel())
+    step = max(1, CHUNK_BYTES // (width * row_multiple)) * row_multiple
+    for start in range(0, rows, step):
+        yield start, tensor.rows(start, min(start + step, rows))
+
+
+KINDS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float64: "F64",
+}
+"""What safetensors and GGUF call the types of numbers that tensors are stored as."""
