@@ -23,6 +23,12 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a key: --set stages.pretrain.steps=100 (repeatable)."),
 ]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model folder, a run, a .gguf file or a pulled name.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16; without it: as it was saved.")
+]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")]
 
 
@@ -102,25 +108,95 @@ def train(
 
 @app.command()
 def pull(
-    name: Annotated[str | None, typer.Argument(help="What to fetch; without it: a list.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A name of the list, owner/name on Hugging Face, or an address; without it: "
+            "the list."
+        ),
+    ] = None,
 ) -> None:
-    """Fetch a known corpus, pinned by version and sha256."""
-    from qiusuo.data.catalogue import catalogue
-    from qiusuo.data.pull import pull as fetch
-    from qiusuo.terminal import show_download
+    """Fetch a model or a corpus, checked and resumable."""
+    from qiusuo.checkpoint.open import pull_model
+    from qiusuo.data.pull import check_reference
+    from qiusuo.terminal import show_catalogue, show_progress
 
     if name is None:
-        for entry in catalogue().values():
-            typer.echo(f"{entry.name:22} {entry.summary} ({entry.licence})")
+        show_catalogue()
         return
-    with show_download(name) as progress:
-        path = fetch(name, progress=progress)
+    check_reference(name)
+    with show_progress(name) as progress:
+        path = pull_model(name, progress=progress)
     typer.echo(f"{name} is in {path}")
 
 
 @app.command()
+def chat(
+    model: ModelArgument,
+    message: Annotated[
+        list[str] | None, typer.Option("--message", "-m", help="Ask this and leave (repeatable).")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Ask for a thought first.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Talk with a model in the terminal."""
+    from qiusuo.chat import Conversation, converse
+    from qiusuo.terminal import load_shown
+
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    conversation = Conversation(
+        load_shown(model, dtype, device),
+        options | {"seed": seed, "thinking": thinking},
+        system=system,
+    )
+    if message is None:
+        converse(conversation)
+    for question in message or []:
+        conversation.ask(question)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="A new folder (hf) or a .gguf file.")],
+    to: Annotated[str, typer.Option(help="hf or gguf.")] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16; for hf also fp8, for gguf also q8_0."),
+    ] = None,
+    mtp: Annotated[bool, typer.Option(help="With the multi-token prediction modules.")] = True,
+) -> None:
+    """Write a model as a Hugging Face folder or a GGUF file, without loading it whole."""
+    from qiusuo.checkpoint.export import export as write
+    from qiusuo.checkpoint.open import open_checkpoint
+    from qiusuo.terminal import show_progress
+
+    checkpoint = open_checkpoint(model)
+    with show_progress(out.name) as progress:
+        path = write(checkpoint, out, to, dtype, mtp=mtp, progress=progress)
+    typer.echo(f"{model} is in {path}")
+
+
+@app.command()
+def doctor(model: ModelArgument) -> None:
+    """Examine a checkpoint: is it whole, does it fit together, does it run?"""
+    from qiusuo.terminal import show_examination
+
+    if not show_examination(model):
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model folder, a config.json or a recipe.")],
+    model: Annotated[
+        str, typer.Argument(help="A model, a run, a .gguf file, a config.json or a recipe.")
+    ],
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context to plan for.")
     ] = None,

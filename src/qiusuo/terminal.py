@@ -1,17 +1,25 @@
-"""What the commands show in a terminal: tables of facts, costs and downloads."""
+"""What the commands show in a terminal: tables of facts and costs, progress, findings."""
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.runs.words import format_bytes, format_fact
+
+if TYPE_CHECKING:
+    from qiusuo.checkpoint.stored import Checkpoint
+    from qiusuo.engine.language_model import LanguageModel
+    from qiusuo.model.config import ModelConfig
 
 HIDDEN_FACTS = ("License", "Languages", "Data", "Limits")  # for the card, not for the table
 
@@ -29,10 +37,16 @@ def show_cost(model: str, context: int | None) -> None:
     """Parameters, cache and memory of a model folder, a config.json or a recipe; no weights."""
     from qiusuo.model.cost import BYTES_PER_WEIGHT, available_memory, measure
 
-    config = _find_config(model)
+    config, checkpoint = _find_config(model)
     cost = measure(config)
     context = context or config.max_position_embeddings
     table = _plain_table()
+    table.add_row("Architecture", f"{config.model_type}, {config.num_hidden_layers} layers")
+    if checkpoint is not None:
+        kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values())
+        stored = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        size = format_bytes(checkpoint.stored_bytes)
+        table.add_row("Stored", f"{checkpoint.format}, {size}: {stored} tensors")
     table.add_row("Parameters", f"{cost.parameters:,}")
     if cost.mtp_parameters:
         table.add_row("MTP parameters", f"{cost.mtp_parameters:,}")
@@ -41,12 +55,12 @@ def show_cost(model: str, context: int | None) -> None:
     layers = config.num_hidden_layers
     table.add_row(
         "Cache per token and layer",
-        f"{config.cache_width} elements (expanded keys and values: "
+        f"{config.cache_width:,} elements (every head's keys and values: "
         f"{cost.expanded_cache_elements // layers:,})",
     )
     table.add_row(
         "Cache per token",
-        f"{format_bytes(latent)} in bf16 (expanded: {format_bytes(expanded)}, "
+        f"{format_bytes(latent)} in bf16 (every head's: {format_bytes(expanded)}, "
         f"{expanded / latent:.1f} times)",
     )
     cache = latent * context
@@ -66,8 +80,9 @@ def show_cost(model: str, context: int | None) -> None:
 
 
 @contextmanager
-def show_download(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with speed and time left; gives what ``pull`` calls with (done, total)."""
+def show_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with speed and time left, for what calls it with (done, total) bytes; nothing
+    is drawn before the first call."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -84,9 +99,48 @@ def show_download(name: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def show_catalogue() -> None:
+    """What can be pulled by name."""
+    from qiusuo.data.catalogue import catalogue
+
+    for entry in catalogue().values():
+        print(f"{entry.name:22} {entry.kind:7} {entry.summary} ({entry.licence})")
+
+
+def load_shown(model: str, dtype: str | None, device: str) -> LanguageModel:
+    """Load a model to talk with, with a progress bar."""
+    from qiusuo.checkpoint.files import CheckpointError
+    from qiusuo.engine.language_model import load
+
+    with show_progress(f"loading {model}") as progress:
+        loaded = load(model, dtype=dtype, device=device, progress=progress)
+    if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
+        raise CheckpointError(
+            f"{model} has no chat template: it is a base model, which continues texts; from "
+            "Python: qiusuo.load(...).generate([text])"
+        )
+    return loaded
+
+
+def show_examination(model: str) -> bool:
+    """Print the findings of an examination as they come, and its verdict; False for a fault."""
+    from qiusuo.doctor import Examination, Mark, examine
+
+    console = Console(highlight=False)
+    signs = {Mark.GOOD: "[green]✓[/green]", Mark.REMARK: "[yellow]![/yellow]"}
+    with show_progress(model) as progress:
+        examination = Examination(model, progress)
+        for found in examine(examination):
+            sign = signs.get(found.mark, "[red]✗[/red]")
+            text = escape(f"{found.subject}: {found.text}")
+            console.print(f"{sign} {text}", soft_wrap=True)
+    console.print(f"\n{escape(examination.verdict())}", soft_wrap=True)
+    return not examination.faults
 
 
 def _plain_table() -> Table:
@@ -96,23 +150,28 @@ def _plain_table() -> Table:
     return table
 
 
-def _find_config(model: str) -> Any:
-    from qiusuo.model.checks import ConfigError
+def _find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
+    """The config that ``model`` names; with the checkpoint, where there are weights."""
+    from qiusuo.checkpoint.open import find_model, open_checkpoint
     from qiusuo.model.families import config_from_file
     from qiusuo.training.recipe import built_in_recipes, read_recipe
 
     path = Path(model)
-    if not path.exists() and model not in built_in_recipes() and path.suffix != ".toml":
-        near = difflib.get_close_matches(model, built_in_recipes(), 1)
-        raise ConfigError(
-            f"{path} is not there: expected a model folder, a run folder, a config.json or a recipe"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
     if path.suffix == ".toml" or (not path.exists() and model in built_in_recipes()):
         recipe = read_recipe(model)
         if recipe.tokenizer.kind != "bpe":
             print("The vocabulary comes with the tokenizer; counted here with 4,096 tokens.")
-        return recipe.model_for(recipe.tokenizer.vocab_size)
-    if (path / "model" / "config.json").is_file():
-        path = path / "model"
-    return config_from_file(path)
+        return recipe.model_for(recipe.tokenizer.vocab_size), None
+    if path.name == "config.json":
+        return config_from_file(path), None
+    try:
+        place = find_model(model)
+    except CheckpointError as error:
+        near = difflib.get_close_matches(model, built_in_recipes(), 1)
+        hint = f"; did you mean the recipe {near[0]!r}?" if near and not path.exists() else ""
+        raise CheckpointError(f"{error}{hint}") from error
+    weightless = place.is_dir() and not any(place.glob("*.safetensors*"))
+    if weightless:
+        return config_from_file(place), None
+    checkpoint = open_checkpoint(place)
+    return checkpoint.config, checkpoint

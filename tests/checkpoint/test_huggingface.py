@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.huggingface import load_huggingface, save_huggingface
+from qiusuo.checkpoint.huggingface import load_huggingface, open_huggingface, save_huggingface
 from qiusuo.checkpoint.tensors import disk_layout
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.checks import ConfigError
@@ -374,3 +374,13 @@ def test_file_says_it_is_of_torch(tmp_path):
     save_huggingface(tiny_model(), tmp_path / "m")
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_ends_of_generation_config_count_too(tmp_path):
+    save_huggingface(tiny_model(eos_token_id=1), tmp_path / "m")
+    generation = tmp_path / "m" / "generation_config.json"
+    for said, ends in (([1, 7, 9], (1, 7, 9)), (1, 1), (8, (1, 8)), (None, 1), ("x", 1)):
+        generation.write_text(json.dumps({"eos_token_id": said}))
+        assert open_huggingface(tmp_path / "m").config.eos_token_id == ends
+    generation.write_text("[")
+    assert open_huggingface(tmp_path / "m").config.eos_token_id == 1

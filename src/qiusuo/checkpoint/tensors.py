@@ -85,9 +85,10 @@ def copies(config: ModelConfig) -> dict[str, str]:
 def layer_of(name: str) -> int:
     """The layer a tensor belongs to; -1 for those outside the layers."""
     parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2].isdigit() else -1
+    numbered = len(parts) > 2 and parts[:2] == ["model", "layers"] and parts[2].isdecimal()
+    return int(parts[2]) if numbered else -1
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A key to sort names by: layer 2 before layer 10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]

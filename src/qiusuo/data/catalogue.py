@@ -1,7 +1,8 @@
 """What can be had by name: the entries of catalogue.toml.
 
 An entry pins one archive of a public package index by version and sha256, and says how its text
-is read. Built-in entries are files of this package; the standard library is always there.
+is read, or which file of it is a model. Built-in entries are files of this package; the standard
+library is always there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ REGISTRIES = ("builtin", "stdlib", "pypi", "npm", "debian")
 class Entry:
     """One thing with a name. `bytes` is the size of the archive, `sha256` its checksum.
 
-    `members` is a glob over the paths inside the archive and `reader` one of `archives.READERS`;
-    for a built-in, `file` is its name in builtin/.
+    Of a corpus, `members` is a glob over the paths inside the archive and `reader` one of
+    `archives.READERS`. Of a model, `members` is the path of its one .gguf file, `member_bytes` and
+    `member_sha256` pin that. For a built-in, `file` is its name in builtin/.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Entry:
     sha256: str = ""
     members: str = ""
     reader: str = ""
+    member_bytes: int = 0
+    member_sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

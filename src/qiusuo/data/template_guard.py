@@ -3,8 +3,8 @@
 Once a template has been rendered, `<｜User｜>` written by the template and `<｜User｜>` typed by a
 user look alike, and a prompt could be made to hold a turn that never took place. So the text of
 the messages goes through the template in disguise: each character that begins or ends the spelling
-of a special token (`<`, `>`, `|`, ...) is replaced, one for one, by a private-use character that
-occurs nowhere else. Trimming, splitting, joining and `tojson` work as before, positions stay the
+of a special token (`<`, `>`, `|`, ...) is replaced, one for one, by a symbol that occurs nowhere
+else. Trimming, splitting, joining and `tojson` work as before, positions stay the
 same, and any marker in the rendered text that has neither end disguised is the template's own.
 
 What is guaranteed: a special token comes out only where the template spells both its first and its
@@ -23,7 +23,9 @@ from typing import Any
 from qiusuo.data.chat_template import Message
 from qiusuo.data.vocabularies import THINK_BEGIN, THINK_END
 
-LAST_PRIVATE = 0x10FFFD
+# Symbols of a notation for sign languages: nobody's text, and printable, because a template that
+# writes a dict as Python does would spell a private-use character out as `\U0010fffd`.
+STAND_INS = range(0x1D800, 0x1DA00)
 Span = tuple[int, int]
 
 
@@ -47,12 +49,12 @@ class TemplateGuard:
         ends = {c for s in spellings for c in (s[0], s[-1]) if not c.isalnum() and not c.isspace()}
         ends |= {s[0] for s in wordlike}
         used = set().union(*map(_characters, haystacks))
-        private = (chr(c) for c in range(LAST_PRIVATE, 0, -1) if chr(c) not in used)
-        self._to_private = dict(zip(sorted(ends), private, strict=False))
+        unused = (chr(c) for c in (*STAND_INS, *range(0x10FFFD, 0, -1)) if chr(c) not in used)
+        self._stand_ins = dict(zip(sorted(ends), unused, strict=False))
         self._hide_table = str.maketrans(
-            {c: p for c, p in self._to_private.items() if not c.isalnum()}
+            {c: s for c, s in self._stand_ins.items() if not c.isalnum()}
         )
-        self._reveal_table = str.maketrans({p: c for c, p in self._to_private.items()})
+        self._reveal_table = str.maketrans({s: c for c, s in self._stand_ins.items()})
         self._thinking = re.compile(f"({re.escape(THINK_BEGIN)}|{re.escape(THINK_END)})")
 
     def hide_message(self, message: Message) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class TemplateGuard:
 
     def _hide_text(self, text: str) -> str:
         broken = self._wordlike.sub(
-            lambda match: self._to_private[match[0][0]] + match[0][1:], text
+            lambda match: self._stand_ins[match[0][0]] + match[0][1:], text
         )
         return broken.translate(self._hide_table)
 

@@ -36,6 +36,8 @@ class Tokenizer:
     """A vocabulary with its special tokens and its chat template.
 
     `chat_template`, `bos_token`, `eos_token` and `pad_token` are None where the model has none.
+    `add_bos_token` says whether a bare text begins with `bos_token`, None where the files do not
+    say; `encode` never puts it there, see `text_start`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_token: str | None = None,
         pad_token: str | None = None,
+        add_bos_token: bool | None = None,
         model_max_length: int | None = None,
     ) -> None:
         self.backend = backend
@@ -53,6 +56,7 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.pad_token = pad_token
+        self.add_bos_token = add_bos_token
         self.model_max_length = model_max_length
         self.special_tokens: dict[str, int] = {
             token.content: index
@@ -84,6 +88,7 @@ class Tokenizer:
             bos_token=vocabularies.BOS_TOKEN,
             eos_token=vocabularies.EOS_TOKEN,
             pad_token=vocabularies.PAD_TOKEN,
+            add_bos_token=True,
         )
 
     @classmethod
@@ -111,6 +116,18 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         return None if self.bos_token is None else self.token_id(self.bos_token)
+
+    @functools.cached_property
+    def text_start(self) -> list[int]:
+        """What stands before a text that is not part of a conversation: the beginning, or nothing.
+
+        Where the files do not say whether, the tokenizer.json's own post-processor decides.
+        """
+        if self.bos_id is None or self.add_bos_token is False:
+            return []
+        if self.add_bos_token is None and self.bos_id not in self.backend.encode("").ids:
+            return []
+        return [self.bos_id]
 
     @property
     def eos_id(self) -> int | None:
@@ -189,9 +206,11 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The ids of a conversation; messages cannot forge markers (see template_guard.py).
 
+        `variables` are what this template asks for besides; see `render_chat`.
         For messages that spell no special token these are exactly the ids of the rendered text.
         """
         if self.chat_template is None:
@@ -200,7 +219,8 @@ class Tokenizer:
                 "chat_template.jinja beside its tokenizer.json"
             )
         check_messages(messages)
-        guard = TemplateGuard(list(self.special_tokens), messages, tools, self.chat_template)
+        texts = (messages, tools, variables, self.chat_template)
+        guard = TemplateGuard(list(self.special_tokens), *texts)
         rendered = render_chat(
             self.chat_template,
             [guard.hide_message(message) for message in messages],
@@ -209,6 +229,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             thinking=thinking,
             tools=guard.hide(tools),
+            variables=guard.hide(variables),
         )
         text, own = guard.reveal(rendered)
         if [match.span() for match in self._special_pattern.finditer(text)] == own:
@@ -217,6 +238,19 @@ class Tokenizer:
             if [index for index in ids if index in self._special_ids] == expected:
                 return ids
         return self._encode_around(text, own)
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether this prompt leaves a thought open, so that the answer begins inside it.
+
+        DeepSeek-R1's template ends in `<think>` and a line end, V3.1's in `<think>` or
+        `</think>`. What counts is the prompt's last marker: text that spells one is no marker.
+        """
+        if vocabularies.THINK_BEGIN in self.special_tokens:
+            markers = (index for index in reversed(prompt_ids) if index in self._special_ids)
+            return next(markers, None) == self.special_tokens[vocabularies.THINK_BEGIN]
+        # A vocabulary without the mark spells it out, in seven pieces at most.
+        tail = self.decode(prompt_ids[-2 * len(vocabularies.THINK_BEGIN) :])
+        return tail.rstrip().endswith(vocabularies.THINK_BEGIN)
 
     def _encode_around(self, text: str, markers: list[tuple[int, int]]) -> list[int]:
         """Only the given spans become special tokens; all the rest is plain text."""

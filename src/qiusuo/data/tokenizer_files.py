@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 OURS = {"bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": PAD_TOKEN}
-FIELDS = (*OURS, "chat_template", "model_max_length")
+FIELDS = (*OURS, "add_bos_token", "chat_template", "model_max_length")
 """What a tokenizer has beside its tokenizer.json."""
 
 
@@ -35,6 +35,7 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     backend.no_padding()
     config = _read_config(file.parent / "tokenizer_config.json")
     fields: dict[str, Any] = {name: _named_token(config, name, backend) for name in OURS}
+    fields["add_bos_token"] = config.get("add_bos_token")
     template = file.parent / "chat_template.jinja"
     fields["chat_template"] = (
         template.read_text(encoding="utf-8") if template.is_file() else _config_template(config)
@@ -50,7 +51,6 @@ def save_tokenizer(folder: Path, tokenizer_json: str, fields: Mapping[str, Any])
     """Write both files; transformers' AutoTokenizer reads them too."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         **{name: value for name, value in fields.items() if value is not None or name in OURS},
     }
@@ -75,11 +75,16 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _named_token(config: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer) -> str | None:
     """The spelling that the config gives; where it is silent, ours if the vocabulary has it."""
-    token = config.get(name)
-    if isinstance(token, dict):
-        return token.get("content")
-    if name not in config and backend.token_to_id(OURS[name]) is not None:
-        return OURS[name]
+    if name not in config:
+        return OURS[name] if backend.token_to_id(OURS[name]) is not None else None
+    token = config[name]
+    if isinstance(token, dict):  # {"__type": "AddedToken", "content": ...}
+        token = token.get("content")
+    if token is not None and backend.token_to_id(token) is None:
+        raise DataError(
+            f"tokenizer_config.json names {token!r} as its {name}, which tokenizer.json does not "
+            "know; the two files belong to different tokenizers"
+        )
     return token
 
 

@@ -7,7 +7,7 @@ own, and experts have no capacity to fight over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from qiusuo.model.transformer import Transformer
 # B rows, T new tokens, S places in the cache, W vocabulary.
 
 MAX_ROWS = 256
+OnToken = Callable[[int, int], None]
 
 
 @dataclass
@@ -37,15 +38,18 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: frozenset[int],
+    on_token: OnToken | None = None,
 ) -> list[Generated]:
-    """Continue every prompt. Raises ValueError for a prompt that is empty, holds an id outside
-    the vocabulary, or leaves no room for one token in ``max_position_embeddings``."""
+    """Continue every prompt; ``on_token`` hears of each (row, token) as it is drawn.
+
+    Raises ValueError for a prompt that is empty, holds an id outside the vocabulary, or leaves no
+    room for one token in ``max_position_embeddings``."""
     for number, prompt in enumerate(prompts):
         _check_prompt(model, number, prompt)
     answers: list[Generated] = []
     for start in range(0, len(prompts), MAX_ROWS):
         rows = prompts[start : start + MAX_ROWS]
-        answers += _Batch(model, rows, sampling, stop_ids, first_row=start).run()
+        answers += _Batch(model, rows, sampling, stop_ids, start, on_token).run()
     return answers
 
 
@@ -57,7 +61,9 @@ class _Batch:
         sampling: Sampling,
         stop_ids: frozenset[int],
         first_row: int,
+        on_token: OnToken | None,
     ) -> None:
+        self.first_row, self.on_token = first_row, on_token
         self.model, self.sampling, self.stop_ids = model, sampling, stop_ids
         weight = model.model.embed_tokens.weight
         self.device = weight.device
@@ -115,6 +121,8 @@ class _Batch:
         ):
             self.answers[row].token_ids.append(token)
             self.answers[row].logprobs.append(logprob)
+            if self.on_token is not None:
+                self.on_token(self.first_row + row, token)
 
     def going(self, chosen_B: Tensor) -> list[int]:
         """Places in the batch of the rows that want another token."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qiusuo.checkpoint.files import CheckpointError, restore_folder
-from qiusuo.checkpoint.huggingface import load_huggingface, save_huggingface
+from qiusuo.checkpoint.export import export
+from qiusuo.checkpoint.inventory import check_tokenizer
+from qiusuo.checkpoint.load import checkpoint_of, load_model
+from qiusuo.checkpoint.open import open_checkpoint
+from qiusuo.checkpoint.stored import Progress
+from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.generate import check_tokens, generate
 from qiusuo.engine.sampling import Sampling
+from qiusuo.engine.text_stream import Part, TextStream, ThoughtSplitter
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
 
@@ -28,6 +33,22 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """A model's turn of a conversation. ``reasoning_content`` is its thought without the marks,
+    None where it had none."""
+
+    content: str
+    reasoning_content: str | None
+    token_ids: list[int]
+    finish_reason: str
+    role: str = "assistant"
+
+
+OnText = Callable[[Part, str], None]
+"""Called with each piece of a thought or an answer as it comes."""
 
 
 class LanguageModel:
@@ -68,30 +89,76 @@ class LanguageModel:
             for a in answers
         ]
 
+    def chat(
+        self,
+        messages: Sequence[GivenMessage],
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        thinking: bool = False,
+        on_text: OnText | None = None,
+    ) -> Message:
+        """Answer a conversation through the model's own template. ``thinking`` asks templates that
+        know both for a thought first; R1's always opens one. ``on_text`` hears the answer grow."""
+        tokenizer = self._needed_tokenizer()
+        prompt = tokenizer.apply_chat_template(messages, thinking=thinking)
+        stream, splitter = TextStream(tokenizer), ThoughtSplitter(tokenizer.opens_thought(prompt))
+        parts: dict[Part, list[str]] = {Part.THOUGHT: [], Part.ANSWER: []}
+
+        def give(pieces: Iterable[tuple[Part, str]]) -> None:
+            for part, text in pieces:
+                parts[part].append(text)
+                if on_text is not None:
+                    on_text(part, text)
+
+        def on_token(_row: int, token: int) -> None:
+            if token not in self.stop_ids:
+                give(splitter.push(stream.push(token)))
+
+        sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
+        [answer] = generate(self.model, [prompt], sampling, self.stop_ids, on_token)
+        give(splitter.push(stream.finish()))
+        give(splitter.finish())
+        thought = "".join(parts[Part.THOUGHT])
+        return Message(
+            content="".join(parts[Part.ANSWER]),
+            reasoning_content=thought or None,
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+        )
+
     def save(
-        self, folder: str | Path, format: str = "hf", dtype: str | torch.dtype | None = None
+        self, place: str | Path, format: str = "hf", dtype: str | torch.dtype | None = None
     ) -> Path:
-        """Write the model and its tokenizer as a Hugging Face folder."""
-        if format != "hf":
-            raise ValueError(f"format {format!r} is not written; expected 'hf'")
-        return save_huggingface(self.model, folder, dtype=_dtype(dtype), tokenizer=self.tokenizer)
+        """Write the model and its tokenizer: ``format`` "hf" for a folder, "gguf" for a file.
+        ``dtype`` as ``qiusuo export`` knows it; None keeps the weights' own."""
+        name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+        return export(checkpoint_of(self.model, self.tokenizer), place, format, name)
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those of the config, and the tokenizer's own."""
         eos = self.config.eos_token_id
-        if eos is None:
-            return frozenset()
-        return frozenset(eos) if isinstance(eos, tuple) else frozenset([eos])
+        ends: list[int | None] = list(eos) if isinstance(eos, tuple) else [eos]
+        if self.tokenizer is not None:
+            ends.append(self.tokenizer.eos_id)
+        return frozenset(end for end in ends if end is not None)
 
     @property
     def _device(self) -> torch.device:
         return self.model.model.embed_tokens.weight.device
 
-    def _encode(self, text: str) -> list[int]:
+    def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json: give token ids")
-        bos = self.tokenizer.bos_id
-        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
+        return self.tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self._needed_tokenizer()
+        return [*tokenizer.text_start, *tokenizer.encode(text)]
 
     def _text(self, token_ids: list[int]) -> str:
         if self.tokenizer is None:
@@ -107,22 +174,18 @@ def load(
     path: str | Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load a model folder in Hugging Face layout, or a run folder (its finished model).
+    """Load a model: a folder in Hugging Face layout, a .gguf file, a run folder (its finished
+    model), or a name that was pulled.
 
-    ``dtype``: "float32", "bfloat16" or None for the type the weights were saved in.
+    ``dtype``: "float32", "bfloat16", "float16", or None for the type the weights were saved in
+    (bfloat16 for FP8 and quantised ones).
     """
-    folder = Path(path)
-    restore_folder(folder)
-    restore_folder(folder / "model")
-    if (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
-    if not folder.is_dir():
-        raise CheckpointError(f"{path} is not a folder; give a model folder or a run folder")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json, so it is not a model folder")
-    model = load_huggingface(folder, dtype=_dtype(dtype), device=device)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.read_tokenizer()
+    check_tokenizer(checkpoint, tokenizer)
+    model = load_model(checkpoint, dtype=_dtype(dtype), device=device, progress=progress)
     return LanguageModel(model, tokenizer)
 
 

@@ -81,7 +81,7 @@ def measure(config: ModelConfig) -> Cost:
         matmul[mtp] += count if tensor.ndim > 1 else 0
     head = config.vocab_size * config.hidden_size
     if config.tie_word_embeddings:
-        used[False] += head
+        used[False] += head - config.hidden_size  # the embedding's row is one of the head's
         matmul[False] += head
     matmul[True] += head * config.num_nextn_predict_layers
     layers, heads = config.num_hidden_layers, config.num_attention_heads
