@@ -114,19 +114,15 @@ def test_reading_is_exact(shape):
     np.testing.assert_array_equal(read.numpy(), decoded(weight, scale, (128, 128)))
 
 
-@given(
-    st.integers(1, 400), st.integers(1, 300), st.integers(1, 200), st.integers(1, 200), st.data()
-)
+@given(*[st.integers(1, most) for most in (400, 300, 200, 200)], st.data())
 @settings(max_examples=50)
 def test_any_rows_of_any_blocks(rows, columns, high, wide, data):
     weight, scale = random_pair((rows, columns), (high, wide), seed=rows)
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
     read = joined(weight, scale, (high, wide)).rows(start, stop)
-    np.testing.assert_array_equal(
-        read.numpy(),
-        decoded(weight, scale, (high, wide))[start:stop].reshape(stop - start, columns),
-    )
+    expected = decoded(weight, scale, (high, wide))[start:stop]
+    np.testing.assert_array_equal(read.numpy(), expected)
 
 
 def test_scales_in_bfloat16_are_read():
@@ -205,7 +201,9 @@ def test_a_block_does_not_feel_its_neighbours():
 
 def test_what_fp8_holds_comes_back_as_it_was():
     weight, scale = random_pair((260, 140), seed=5)
-    first = joined(weight.float().nan_to_num().to(torch.float8_e4m3fn), scale).rows(0, 260)
+    numbers = weight.float().nan_to_num()
+    numbers[::128, ::128] = 448  # in every block the largest, as quantize leaves it
+    first = joined(numbers.to(torch.float8_e4m3fn), scale).rows(0, 260)
     numbers, again = quantize(first)
     second = torch.from_numpy(decoded(numbers, again, (128, 128)))
     torch.testing.assert_close(second, first, rtol=1e-6, atol=0)
@@ -411,6 +409,7 @@ def test_transformers_reads_our_fp8(sharded, tmp_path):
         quantization_config=FineGrainedFP8Config(dequantize=True),
     )
     assert not any(info.values()), info
+    peer.float()  # it leaves in bfloat16 what was stored so
     ours = load_huggingface(tmp_path / "m", dtype=torch.float32)
     tokens = torch.randint(97, (2, 21), generator=torch.Generator().manual_seed(1))
     mine, theirs = ours.logits(ours(tokens).x_BTD), peer(tokens).logits

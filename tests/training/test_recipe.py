@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from qiusuo.checkpoint.gguf_limits import check_writable
+from qiusuo.checkpoint.tensors import disk_shapes
 from qiusuo.model.config import ModelConfig
 from qiusuo.runs.folder import read_recipe as read_resolved
 from qiusuo.runs.toml import dump_toml
@@ -38,6 +40,19 @@ def test_built_in_recipes_parse(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.name == name
     assert isinstance(recipe.model_for(recipe.tokenizer.vocab_size), ModelConfig)
+
+
+@pytest.mark.parametrize("name", recipes.built_in_recipes())
+def test_built_in_recipes_can_leave_for_gguf(name: str) -> None:
+    """llama.cpp runs them, MTP module and all, and quantises every row in whole blocks of 32."""
+    recipe = read_recipe(name)
+    if recipe.tokenizer.kind != "bpe":
+        pytest.skip("a character vocabulary has no place in a GGUF file")
+    config = recipe.model_for(recipe.tokenizer.vocab_size)
+    check_writable(config)
+    assert config.num_nextn_predict_layers == 1
+    matrices = {name: shape for name, shape in disk_shapes(config).items() if len(shape) == 2}
+    assert {name: shape for name, shape in matrices.items() if shape[1] % 32} == {}
 
 
 def test_built_in_recipes_are_there() -> None:
