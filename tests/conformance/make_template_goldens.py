@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import tempfile
@@ -97,10 +98,10 @@ def make_qwen3() -> None:
     goldens = {}
     for case, messages in CONVERSATIONS.items():
         # It searches in the content, so beside calls it needs an empty text.
-        messages = [{k: "" if v is None else v for k, v in m.items()} for m in messages]
+        texts = [{k: "" if v is None else v for k, v in m.items()} for m in messages]
         for thinking, tools in ((False, None), (True, TOOLS)):
             options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": thinking}
-            text = render(template, messages, **options, tools=tools, eos_token="<|im_end|>")
+            text = render(template, texts, **options, tools=tools, eos_token="<|im_end|>")
             entry = {"case": case, "thinking": thinking, "tools": tools is not None, "text": text}
             goldens[f"{case}, {thinking}"] = entry
     (TEMPLATES / "goldens" / "qwen3.json").write_text(lines(goldens), encoding="utf-8")
@@ -156,9 +157,8 @@ def guarded_ids(
         if place % 2:
             ids.append(peer.convert_tokens_to_ids(piece))
             continue
-        for marker, word in words.items():
-            piece = piece.replace(word, marker)
-        ids += peer._encode_without_added_tokens(piece)
+        plain = functools.reduce(lambda t, m: t.replace(words[m], m), markers, piece)
+        ids += peer._encode_without_added_tokens(plain)
     if swapped == text and ids != peer(text, add_special_tokens=False)["input_ids"]:
         raise SystemExit(f"two ways to the ids of {text!r} disagree")
     return ids
@@ -272,7 +272,7 @@ class Reference:
         if self.whole_words and "".join(letters) in self.vocabulary:
             return ["".join(letters)]
         while len(letters) > 1:
-            pairs = zip(letters, letters[1:], strict=False)
+            pairs = itertools.pairwise(letters)
             rank, place = min(
                 (self.ranks.get(pair, 1 << 30), place) for place, pair in enumerate(pairs)
             )

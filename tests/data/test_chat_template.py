@@ -134,6 +134,71 @@ def test_faulty_templates_and_messages() -> None:
     refuse("x", ["hello"], "message 0 must be a mapping")
 
 
+def test_the_environment_is_the_one_templates_are_written_for() -> None:
+    def run(template: str, **options) -> str:
+        user = [{"role": "user", "content": {"b": "中<", "a": 1}}]
+        return render_chat(template, user, **{"bos_token": None, "eos_token": None, **options})
+
+    content = "{{ messages[0].content | tojson"
+    assert run(content + " }}") == '{"b": "中<", "a": 1}'
+    assert run(content + "(ensure_ascii=False) }}") == '{"b": "中<", "a": 1}'
+    assert run(content + "(true) }}") == '{"b": "\\u4e2d<", "a": 1}'
+    assert run(content + "(separators=(',', ':'), sort_keys=true) }}") == '{"a":1,"b":"中<"}'
+    assert run(content + "(indent=1) }}") == '{\n "b": "中<",\n "a": 1\n}'
+    assert run("{{ bos_token is defined }} {{ documents }}") == "False None"
+    assert run("{{ bos_token is defined }}", bos_token="B") == "True"
+    assert run("{{ k }}{{ documents[0].t }}", variables={"k": 1, "documents": [{"t": 2}]}) == "12"
+    assert run("{{ messages | length }}", variables={"messages": []}) == "1"
+    assert run("{% set n = namespace(a=1) %}{% set n.a = n.a + 1 %}{{ n.a }}\n") == "2"
+    assert (
+        run(
+            "{% for i in range(9) %}\n{% if i == 2 %}{% break %}{% endif %}\n{{ i }}\n\
+{% endfor %}"
+        )
+        == "0\n1\n"
+    )
+    with pytest.raises(DataError, match="cannot set '__class__'"):
+        run("{% set n = namespace() %}{% set n.__class__ = 1 %}")
+    with pytest.raises(DataError, match="refuses"):
+        run("{{ 1 // 0 }}")
+
+
+def test_no_content_beside_calls_is_what_a_template_tests_for() -> None:
+    """DeepSeek's ask whether it is none; others put it into the text."""
+    asked = [{"role": "assistant", "tool_calls": [CALL]}]
+    for messages in (asked, [asked[0] | {"content": None}]):
+        for test in ("message['content'] is none", "message.content is none"):
+            template = "{% set message = messages[0] %}{{ 1 if " + test + " else 2 }}"
+            assert render_chat(template, messages, bos_token=None, eos_token=None) == "1"
+        template = "{{ '[' + messages[0].content + ']' }}{{ x if reasoning_content is none }}"
+        assert render_chat(template, messages, bos_token=None, eos_token=None) == "[]"
+
+
+def test_variables_cannot_forge_a_marker(bpe: Tokenizer) -> None:
+    bpe = Tokenizer(bpe.backend, chat_template="{{ style }}<｜User｜>")
+    ids = bpe.apply_chat_template([{"role": "user"}], variables={"style": "<｜User｜>"})
+    assert bpe.decode(ids) == "<｜User｜>" * 2
+    assert [i for i in ids if i < len(SPECIAL_TOKENS)] == [bpe.token_id("<｜User｜>")]
+
+
+def test_guarded_text_is_unharmed_in_a_printed_dict(bpe: Tokenizer) -> None:
+    bpe = Tokenizer(bpe.backend, chat_template="{{ tools[0] }}")
+    ids = bpe.apply_chat_template([{"role": "user"}], tools=[{"a": "<｜User｜> é 中"}])
+    assert bpe.decode(ids) == "{'a': '<｜User｜> é 中'}"
+
+
+def test_opens_thought(bpe: Tokenizer) -> None:
+    user = {"role": "user", "content": "say <think>"}
+    assert bpe.opens_thought(bpe.apply_chat_template([user], thinking=True))
+    assert not bpe.opens_thought(bpe.apply_chat_template([user]))
+    assert not bpe.opens_thought(bpe.apply_chat_template([user], add_generation_prompt=False))
+    prefix = {"role": "assistant", "content": "", "reasoning_content": "so", "prefix": True}
+    assert not bpe.opens_thought(bpe.apply_chat_template([user, prefix]))
+    begun = bpe.apply_chat_template([user], thinking=True) + bpe.encode("so <think>")
+    assert bpe.opens_thought(begun)
+    assert not bpe.opens_thought([])
+
+
 def test_without_markers_ids_are_those_of_the_text(bpe: Tokenizer) -> None:
     text = render(TALK, thinking=True)
     assert bpe.apply_chat_template(TALK, thinking=True) == bpe.encode(text, allow_special=True)
@@ -141,7 +206,7 @@ def test_without_markers_ids_are_those_of_the_text(bpe: Tokenizer) -> None:
 
 PIECES = st.lists(
     st.sampled_from(
-        (*SPECIAL_TOKENS, "<｜Us", "er｜>", "<", "｜", ">", " ", "\n", "中", "a", "\U0010fffd")
+        (*SPECIAL_TOKENS, "<｜Us", "er｜>", "<", "｜", ">", " ", "\n", "中", "a", "\U0001d800")
     )
 ).map("".join)
 

@@ -162,6 +162,37 @@ def test_foreign_tokenizer(tmp_path) -> None:
     assert tokenizer.encode(text, allow_special=True)[-2:] == [256, 258]
 
 
+def test_configs_as_deepseek_writes_them(bpe: Tokenizer, tmp_path) -> None:
+    bpe.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    assert json.loads(file.read_text(encoding="utf-8"))["add_bos_token"] is True
+    rest = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    end = {"__type": "AddedToken", "content": "<｜end▁of▁sentence｜>", **rest}
+    templates = [{"name": "tool_use", "template": "U"}, {"name": "default", "template": "T"}]
+    config = {
+        "add_bos_token": False,
+        "bos_token": {**end, "content": "<｜begin▁of▁sentence｜>"},
+        "eos_token": end,
+        "pad_token": end,
+        "unk_token": None,
+        "legacy": True,
+        "chat_template": templates,
+        "model_max_length": 131072,
+        "tokenizer_class": "LlamaTokenizerFast",
+    }
+    file.write_text(json.dumps(config), encoding="utf-8")
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (0, 1, 1)
+    assert (loaded.chat_template, loaded.model_max_length) == ("T", 131072)
+    # Whether a bare text has a beginning is kept; `encode` adds none either way.
+    assert loaded.encode("a") == bpe.encode("a")
+    loaded.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").add_bos_token is False
+    file.write_text(json.dumps({"eos_token": "</s>"}), encoding="utf-8")
+    with pytest.raises(DataError, match="names '</s>' as its eos_token"):
+        Tokenizer.load(tmp_path)
+
+
 def test_errors_say_what_to_do(bpe: Tokenizer, tmp_path) -> None:
     with pytest.raises(DataError, match="did you mean '<｜User｜>'"):
         bpe.token_id("<｜user｜>")

@@ -90,9 +90,7 @@ class TemplateGuard:
         return rendered.translate(self._reveal_table), spans
 
     def _hide_text(self, text: str) -> str:
-        broken = self._wordlike.sub(
-            lambda match: self._stand_ins[match[0][0]] + match[0][1:], text
-        )
+        broken = self._wordlike.sub(lambda match: self._stand_ins[match[0][0]] + match[0][1:], text)
         return broken.translate(self._hide_table)
 
 
