@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qiusuo.engine.cache import LatentCache
+from qiusuo.model.groups import Whole
 from qiusuo.model.transformer import Transformer
 from tests.model.shapes import FAMILIES, VARIANTS, tiny_model
 
@@ -22,7 +23,8 @@ def in_pieces(
     for length, absorbed in pieces:
         start, stop = cache.length, cache.length + length
         positions_BT = torch.arange(start, stop).expand(len(tokens_BT), -1)
-        piece = model(tokens_BT[:, start:stop], positions_BT, store=cache.layer, absorbed=absorbed)
+        groups = (cache.group(length, None, absorbed),)
+        piece = model(tokens_BT[:, start:stop], positions_BT, groups=groups)
         out.append(piece.x_BTD)
         cache.advance(length)
     assert cache.length == tokens_BT.shape[1]
@@ -37,7 +39,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @torch.no_grad()
 def test_absorbed_is_expanded(changes):
     model = tiny_model(**changes)
-    expanded, absorbed = model(TOKENS), model(TOKENS, absorbed=True)
+    expanded, absorbed = model(TOKENS), model(TOKENS, groups=(Whole(3, 29, absorbed=True),))
     assert_close(absorbed.x_BTD, expanded.x_BTD)
     assert not torch.equal(absorbed.x_BTD, expanded.x_BTD)  # it was another way
 
@@ -68,7 +70,7 @@ def test_the_cache_keeps_latent_and_rope_key_only():
     assert cache.entries_LBSX.shape == (3, 3, 40, 16 + 8)
     marker = 1234.5
     cache.entries_LBSX.fill_(marker)
-    model(TOKENS, store=cache.layer)
+    model(TOKENS, groups=(cache.group(29, None, False),))
     assert not (cache.entries_LBSX[:, :, :29] == marker).any()
     assert (cache.entries_LBSX[:, :, 29:] == marker).all()
 
@@ -77,11 +79,12 @@ def test_the_cache_keeps_latent_and_rope_key_only():
 def test_keep_goes_on_with_the_rows_named():
     model = tiny_model()
     cache = LatentCache(model.config, 3, 29, torch.float32, CPU)
-    model(TOKENS[:, :20], store=cache.layer)
+    model(TOKENS[:, :20], groups=(cache.group(20, None, False),))
     cache.advance(20)
     rows = torch.tensor([2, 0])
     cache.keep(rows)
-    last = model(TOKENS[rows, 20:21], torch.full((2, 1), 20), store=cache.layer, absorbed=True)
+    groups = (cache.group(1, None, True),)
+    last = model(TOKENS[rows, 20:21], torch.full((2, 1), 20), groups=groups)
     assert_close(last.x_BTD[:, 0], model(TOKENS[rows, :21]).x_BTD[:, -1])
 
 

@@ -6,10 +6,13 @@ a batch are right-aligned: shorter prompts start with padding, so every row grow
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.groups import Seen
 
 # L layers, B rows, S capacity, T new tokens, C latent, R rope width, X = C + R.
 
@@ -30,8 +33,9 @@ class LatentCache:
         self.entries_LBSX = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
-    def layer(self, number: int) -> LayerCache:
-        return LayerCache(self, number)
+    def group(self, tokens: int, mask_BTS: Tensor | None, absorbed: bool) -> CacheGroup:
+        """All rows, with so many new tokens each."""
+        return CacheGroup(self, self.entries_LBSX.shape[1], tokens, mask_BTS, absorbed)
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that all layers have appended."""
@@ -42,18 +46,22 @@ class LatentCache:
         self.entries_LBSX = self.entries_LBSX[:, rows_B]
 
 
-class LayerCache:
-    """One layer's view, as the attention module wants it (``KeyValueStore``)."""
+@dataclass(frozen=True)
+class CacheGroup:
+    """The rows of a cache in one pass, as attention wants them (``model.groups.Group``)."""
 
-    def __init__(self, cache: LatentCache, number: int) -> None:
-        self.cache, self.number = cache, number
+    cache: LatentCache
+    batch: int
+    tokens: int
+    mask_BTS: Tensor | None
+    absorbed: bool
 
-    def append(self, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, first_BTX: Tensor, second_BTY: Tensor) -> Seen:
         start = self.cache.length
-        stop = start + latent_BTC.shape[1]
-        entries_BSX = self.cache.entries_LBSX[self.number]
+        stop = start + self.tokens
+        entries_BSZ = self.cache.entries_LBSX[layer]
         width = self.cache.first_width
-        entries_BSX[:, start:stop, :width] = latent_BTC
-        entries_BSX[:, start:stop, width:] = k_rope_BTR
-        seen_BSX = entries_BSX[:, :stop]
-        return seen_BSX[..., :width], seen_BSX[..., width:]
+        entries_BSZ[:, start:stop, :width] = first_BTX
+        entries_BSZ[:, start:stop, width:] = second_BTY
+        seen_BSZ = entries_BSZ[:, :stop]
+        return Seen(seen_BSZ[..., :width], seen_BSZ[..., width:], seen_BSZ)

@@ -108,9 +108,8 @@ class _Batch:
         real_BS = place_S >= self.padding_B[:, None]
         own_TS = place_S == place_T[:, None]  # padding looks at itself, so no row is all masked
         mask_BTS = (causal_TS & real_BS[:, None]) | own_TS
-        hidden = self.model(
-            tokens_BT, positions_BT, mask_BTS, store=self.cache.layer, absorbed=absorbed
-        )
+        group = self.cache.group(new, mask_BTS, absorbed)
+        hidden = self.model(tokens_BT, positions_BT, groups=(group,))
         self.cache.advance(new)
         return self.model.logits(hidden.x_BTD[:, -1])
 

@@ -7,12 +7,15 @@ of a group be rows of one product with the keys they share, for decoding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from qiusuo.kernels.attention import attention, shared_key_attention
 from qiusuo.model.dense_config import DenseConfig
+from qiusuo.model.groups import Group, cut
 from qiusuo.model.rope import rotate_halves
-from qiusuo.model.store import KeyValueStore
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H query heads, K key-value heads,
 # G = H/K heads of a group, E head width, P = E/2.
@@ -31,22 +34,21 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        turns_BTP: Tensor,
-        mask_BTS: Tensor | None = None,
-        store: KeyValueStore | None = None,
-        absorbed: bool = False,
+        self, x_BTD: Tensor, turns_BTP: Tensor, groups: Sequence[Group], layer: int
     ) -> Tensor:
-        """As ``MultiHeadLatentAttention``; ``absorbed`` asks for the form for few queries."""
+        """As ``MultiHeadLatentAttention``; a group that is "absorbed" gets the form for few
+        queries, the shared one."""
         q_BTHE = rotate_halves(self._heads(self.q_proj(x_BTD)), turns_BTP)
-        k_BSKE = rotate_halves(self._heads(self.k_proj(x_BTD)), turns_BTP)
-        v_BSKE = self._heads(self.v_proj(x_BTD))
-        if store is not None:
-            k_BSX, v_BSX = store.append(k_BSKE.flatten(-2), v_BSKE.flatten(-2))
-            k_BSKE, v_BSKE = self._heads(k_BSX), self._heads(v_BSX)
-        attend = self.attend_shared if absorbed else self.attend_expanded
-        out_BTD: Tensor = self.o_proj(attend(q_BTHE, k_BSKE, v_BSKE, mask_BTS).flatten(-2))
+        k_BTKE = rotate_halves(self._heads(self.k_proj(x_BTD)), turns_BTP)
+        parts = (q_BTHE, k_BTKE.flatten(-2), self.v_proj(x_BTD))
+        outs = []
+        for group, (q_part_BTHE, k_BTX, v_BTX) in cut(groups, *parts):
+            seen = group.extend(layer, k_BTX, v_BTX)
+            k_BSKE, v_BSKE = self._heads(seen.first_BSX), self._heads(seen.second_BSY)
+            attend = self.attend_shared if group.absorbed else self.attend_expanded
+            outs.append(attend(q_part_BTHE, k_BSKE, v_BSKE, group.mask_BTS).flatten(0, 1))
+        out_NHE = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out_BTD: Tensor = self.o_proj(out_NHE.flatten(1)).view_as(x_BTD)
         return out_BTD
 
     def _heads(self, x: Tensor) -> Tensor:

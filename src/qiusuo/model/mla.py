@@ -13,14 +13,16 @@ the same attention:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from qiusuo.kernels.attention import attention, shared_key_attention
 from qiusuo.model.deepseek_config import DeepseekConfig
+from qiusuo.model.groups import Group, Seen, cut
 from qiusuo.model.layers import RMSNorm
 from qiusuo.model.rope import rotate_pairs
-from qiusuo.model.store import KeyValueStore
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
 # N nope width, R rope width, C latent width (kv_lora_rank), V value width, P = R/2.
@@ -49,22 +51,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        turns_BTP: Tensor,
-        mask_BTS: Tensor | None = None,
-        store: KeyValueStore | None = None,
-        absorbed: bool = False,
+        self, x_BTD: Tensor, turns_BTP: Tensor, groups: Sequence[Group], layer: int
     ) -> Tensor:
-        """``turns``: RoPE of the new tokens' positions. ``mask``: true where a token may look, None
-        for causal. With a ``store`` the tokens it already holds are seen too."""
-        q_nope_BTHN, q_rope_BTHR = self.queries(x_BTD, turns_BTP)
-        latent_BSC, k_rope_BSR = self.latents(x_BTD, turns_BTP)
-        if store is not None:
-            latent_BSC, k_rope_BSR = store.append(latent_BSC, k_rope_BSR)
-        attend = self.attend_absorbed if absorbed else self.attend_expanded
-        out_BTHV = attend(q_nope_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS)
-        out_BTD: Tensor = self.o_proj(out_BTHV.flatten(-2))
+        """``turns``: RoPE of the new tokens' positions. ``layer``: whose cache grows."""
+        parts = (*self.queries(x_BTD, turns_BTP), *self.latents(x_BTD, turns_BTP))
+        outs = []
+        for group, (q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR) in cut(groups, *parts):
+            seen = group.extend(layer, latent_BTC, k_rope_BTR)
+            attend = self.attend_absorbed if group.absorbed else self.attend_expanded
+            outs.append(attend(q_nope_BTHN, q_rope_BTHR, seen, group.mask_BTS).flatten(0, 1))
+        out_NHV = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out_BTD: Tensor = self.o_proj(out_NHV.flatten(1)).view_as(x_BTD)
         return out_BTD
 
     def queries(self, x_BTD: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +84,10 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         q_nope_BTHN: Tensor,
         q_rope_BTHR: Tensor,
-        latent_BSC: Tensor,
-        k_rope_BSR: Tensor,
+        seen: Seen,
         mask_BTS: Tensor | None,
     ) -> Tensor:
+        latent_BSC, k_rope_BSR, _ = seen
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
         k_nope_BSHN, v_BSHV = kv_BSHX.split((self.nope, self.value), dim=-1)
         k_rope_BSHR = k_rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
@@ -103,8 +100,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         q_nope_BTHN: Tensor,
         q_rope_BTHR: Tensor,
-        latent_BSC: Tensor,
-        k_rope_BSR: Tensor,
+        seen: Seen,
         mask_BTS: Tensor | None,
     ) -> Tensor:
         """All heads look at the same keys [latent; rope] and the same values [latent]."""
@@ -113,6 +109,8 @@ class MultiHeadLatentAttention(nn.Module):
         )
         q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, to_key_HNC)
         q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
-        k_BSE = torch.cat((latent_BSC, k_rope_BSR), -1)
-        out_BTHC = shared_key_attention(q_BTHE, k_BSE, latent_BSC, self.scale, mask_BTS)
+        k_BSE = seen.joined_BSZ
+        if k_BSE is None:
+            k_BSE = torch.cat((seen.first_BSX, seen.second_BSY), -1)
+        out_BTHC = shared_key_attention(q_BTHE, k_BSE, seen.first_BSX, self.scale, mask_BTS)
         return torch.einsum("bthc,hvc->bthv", out_BTHC, to_value_HVC)

@@ -6,7 +6,7 @@ ours. MTP modules are layers too: number ``num_hidden_layers + k`` predicts the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -16,11 +16,11 @@ from qiusuo.model.config import ModelConfig
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.gqa import GroupedQueryAttention
+from qiusuo.model.groups import Group, Whole
 from qiusuo.model.layers import MLP, RMSNorm
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import MoE, Router, Routing
 from qiusuo.model.rope import rotations
-from qiusuo.model.store import KeyValueStore
 
 # B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs.
 
@@ -36,9 +36,7 @@ class Context(NamedTuple):
     """What all blocks of one pass share."""
 
     turns_BTP: Tensor
-    mask_BTS: Tensor | None
-    store: Callable[[int], KeyValueStore] | None  # by layer number
-    absorbed: bool
+    groups: Sequence[Group]
 
 
 class Block(nn.Module):
@@ -56,13 +54,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        store = context.store(self.layer) if context.store is not None else None
         x_BTD = x_BTD + self.self_attn(
-            self.input_layernorm(x_BTD),
-            context.turns_BTP,
-            context.mask_BTS,
-            store,
-            context.absorbed,
+            self.input_layernorm(x_BTD), context.turns_BTP, context.groups, self.layer
         )
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
@@ -150,12 +143,12 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
-        store: Callable[[int], KeyValueStore] | None = None,
-        absorbed: bool = False,
+        groups: Sequence[Group] | None = None,
     ) -> Hidden:
         """Hidden states after the final norm. Without ``positions`` tokens count from 0; without
-        ``mask`` every token sees itself and all before it."""
-        context = self.context(tokens_BT, positions_BT, mask_BTS, store, absorbed)
+        ``mask`` every token sees itself and all before it. ``groups`` instead of a mask: tokens
+        [1, N] of many sequences, which see what their groups say."""
+        context = self.context(tokens_BT, positions_BT, mask_BTS, groups)
         x_BTD = self.model.embed_tokens(tokens_BT)
         routings: dict[int, Routing] = {}
         for block in self.model.main_blocks:
@@ -179,12 +172,14 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
-        store: Callable[[int], KeyValueStore] | None = None,
-        absorbed: bool = False,
+        groups: Sequence[Group] | None = None,
     ) -> Context:
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        return Context(rotations(self.config, positions_BT), mask_BTS, store, absorbed)
+        if groups is None:
+            batch, tokens = tokens_BT.shape
+            groups = (Whole(batch, tokens, mask_BTS),)
+        return Context(rotations(self.config, positions_BT), groups)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Float32 logits [B, T, W] of hidden states."""
