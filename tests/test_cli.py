@@ -6,9 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -17,6 +15,7 @@ from qiusuo import cli
 from qiusuo.model.cost import measure
 from qiusuo.model.families import config_from_file
 from qiusuo.runs.folder import RunFolder
+from tests.commands import Answer, Ask, asker, refused
 from tests.model.shapes import tiny_model
 from tests.model.test_published import V3
 from tests.training import lives
@@ -41,39 +40,9 @@ def in_a_folder_of_its_own(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "160")
 
 
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Ask = Callable[..., Answer]
-
-
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run a command as ``qiusuo WORDS`` would, in this process."""
-
-    def run(*words: str | Path) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["qiusuo", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return Answer(code, *capsys.readouterr())
-
-    return run
-
-
-def refused(answer: Answer) -> str:
-    """A mistake that the user can mend: one line, and no more."""
-    assert answer.code == 1
-    assert answer.err.startswith("qiusuo: ")
-    assert answer.err.count("\n") == 1
-    assert "Traceback" not in answer.err + answer.out
-    return answer.err
+    return asker(monkeypatch, capsys)
 
 
 # Words
@@ -82,7 +51,7 @@ def refused(answer: Answer) -> str:
 def test_help_lists_the_commands(ask: Ask) -> None:
     answer = ask("--help")
     assert answer.code == 0
-    for name in ("quickstart", "train", "pull", "inspect", "report"):
+    for name in ("quickstart", "train", "pull", "chat", "export", "doctor", "inspect", "report"):
         assert re.search(rf"^ *{name} +\w", answer.out, re.MULTILINE), name
         assert ask(name, "--help").code == 0
 
@@ -126,7 +95,7 @@ def test_an_unknown_command(ask: Ask) -> None:
         (["train", "seconds", "--device", "warp"], "warp"),
         (["quickstart", "--recipe", "secnds"], "did you mean 'seconds'?"),
         (["inspect", "no/such/place"], "no/such/place"),
-        (["inspect", "secnds"], "did you mean 'seconds'?"),
+        (["inspect", "secnds"], "did you mean the recipe 'seconds'?"),
         (["pull", "tinyshakespear"], "tinyshakespeare"),
         (["report", "nowhere"], "nowhere"),
     ],
@@ -272,7 +241,7 @@ def test_inspect_of_v3_says_that_it_does_not_fit(ask: Ask, monkeypatch: pytest.M
     assert re.search(
         r"^Active per token +36,6\d\d,\d{3},\d{3} \(5\.5%\) *$", answer.out, re.MULTILINE
     )
-    assert "576 elements (expanded keys and values: 40,960)" in answer.out
+    assert "576 elements (every head's keys and values: 40,960)" in answer.out
     assert "It cannot hold this model at any of these precisions." in answer.out
     assert answer.out.count("does not fit") == 5
     assert ": fits" not in answer.out

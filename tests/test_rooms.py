@@ -35,7 +35,7 @@ def imported_rooms(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", sorted(MAY_IMPORT))
 def test_a_room_imports_only_what_stands_below_it(room: str) -> None:
-    files = sorted((SOURCE / room).glob("*.py"))
+    files = sorted((SOURCE / room).rglob("*.py"))
     assert files
     for file in files:
         surplus = imported_rooms(file) - MAY_IMPORT[room] - {room}
@@ -43,5 +43,5 @@ def test_a_room_imports_only_what_stands_below_it(room: str) -> None:
 
 
 def test_every_folder_is_a_room_with_rules() -> None:
-    folders = {path.parent.name for path in SOURCE.glob("*/*.py")}
+    folders = {path.relative_to(SOURCE).parts[0] for path in SOURCE.glob("*/**/*.py")}
     assert folders == set(MAY_IMPORT)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 
+from qiusuo.data.errors import DataError
 from qiusuo.engine.language_model import LanguageModel, Message
 from qiusuo.engine.text_stream import Part
 
-HELP = """/new     begin a new conversation
-/system  set what the model is told first: /system You answer in French.
-/undo    take back the last question and its answer
-/exit    leave (or Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/new          begin a new conversation
+/system TEXT  tell the model this first, and begin anew; without TEXT nothing
+/undo         take back the last question and its answer
+/help         this list
+/exit         leave (or Ctrl-D); Ctrl-C stops an answer
+"""
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 @dataclass
@@ -30,40 +35,48 @@ class Conversation:
     system: str | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
 
-    def ask(self, question: str) -> bool:
-        """Print the answer as it comes; False when it was stopped, which leaves no trace."""
+    def ask(self, question: str) -> None:
+        """Print the answer as it comes. One that is interrupted, or refused with a DataError,
+        leaves no trace in the turns."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages = [*first, *self.turns, {"role": "user", "content": question}]
         started = time.monotonic()
-        try:
-            answer = self.model.chat(messages, on_text=self._show(), **self.options)
-        except KeyboardInterrupt:
-            self.console.print("\n[dim](stopped; question and answer are forgotten)[/dim]")
-            return False
+        answer = self.model.chat(messages, on_text=self._show(), **self.options)
         self.turns = messages[len(first) :]
         self.turns.append({"role": "assistant", "content": answer.content})
         self._sum_up(answer, time.monotonic() - started)
-        return True
 
-    def _show(self) -> Any:
-        last: list[Part] = []
+    def _show(self) -> Callable[[Part, str], None]:
+        """What prints the pieces: as they are into a file or a pipe, where marks tell the thought
+        from the answer; on a terminal without control characters, and with the thought dimmed."""
+        last = Part.ANSWER
+        styled = self.console.color_system is not None
 
         def show(part: Part, text: str) -> None:
-            if last and last[-1] is not part:
-                self.console.print("\n")
-            last.append(part)
-            style = "dim" if part is Part.THOUGHT else None
-            self.console.print(text, end="", style=style, markup=False, soft_wrap=True)
+            nonlocal last
+            if self.console.is_terminal:
+                text = _without_controls(text)
+            if styled and part is Part.THOUGHT:
+                text = f"{DIM}{text}{PLAIN}"
+            if part is not last:
+                opening, closing = ("", "\n\n") if styled else ("<think>\n", "\n</think>\n\n")
+                text = (opening if part is Part.THOUGHT else closing) + text
+            last = part
+            self.console.file.write(text)
+            self.console.file.flush()
 
         return show
 
     def _sum_up(self, answer: Message, seconds: float) -> None:
         count = len(answer.token_ids)
-        cut = ", cut at --max-tokens" if answer.finish_reason == "length" else ""
         self.console.print()
-        if self.console.is_terminal:
-            rate = f"{count} tokens, {count / seconds:.1f} a second{cut}"
-            self.console.print(f"[dim]{rate}[/dim]\n")
+        if not self.console.is_terminal:
+            return
+        cut = ""
+        if answer.finish_reason == "length":
+            asked = count == self.options.get("max_tokens")
+            cut = ", cut at --max-tokens" if asked else ", cut where the context ends: /new"
+        self.note(f"{count} tokens, {count / max(seconds, 1e-9):.1f} a second{cut}\n")
 
     def command(self, line: str) -> bool:
         """Obey a /command; False to leave."""
@@ -73,31 +86,50 @@ class Conversation:
                 return False
             case "/new":
                 self.turns = []
+                self.note("(a new conversation)\n")
             case "/undo":
+                self.note("(taken back)\n" if self.turns else "(there is nothing to take back)\n")
                 self.turns = self.turns[:-2]
             case "/system":
                 self.system, self.turns = rest.strip() or None, []
-            case _:
+                self.note("(a new conversation)\n")
+            case "/help":
                 self.console.print(HELP, markup=False)
+            case _:
+                self.console.print(f"{word} is no command. There are:\n{HELP}", markup=False)
         return True
 
+    def note(self, text: str) -> None:
+        """A word to a person: not part of what a pipe or a file gets."""
+        if self.console.is_terminal:
+            self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
-def converse(conversation: Conversation) -> None:
-    """Ask for questions until the end of the input."""
-    if sys.stdin.isatty():
-        conversation.console.print("[dim]/help lists the commands; Ctrl-D leaves.[/dim]\n")
-    for line in _lines():
+
+def converse(conversation: Conversation) -> bool:
+    """Ask for questions until the end of the input. At a terminal Ctrl-C stops an answer; from a
+    pipe it ends the program, as everywhere. False if a question was refused, with the reason on
+    stderr."""
+    person, answered = sys.stdin.isatty(), True
+    if person:
+        conversation.note("/help lists the commands; Ctrl-D leaves.\n")
+    for line in _lines_typed() if person else map(str.strip, sys.stdin):
         if line.startswith("/"):
             if not conversation.command(line):
-                return
+                break
         elif line:
-            conversation.ask(line)
+            try:
+                conversation.ask(line)
+            except DataError as error:
+                print(f"qiusuo: {error}", file=sys.stderr)
+                answered = False
+            except KeyboardInterrupt:
+                if not person:
+                    raise
+                conversation.note("\n(stopped; question and answer are forgotten)\n")
+    return answered
 
 
-def _lines() -> Iterator[str]:
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
-        return
+def _lines_typed() -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in input())
     while True:
@@ -108,3 +140,8 @@ def _lines() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
+
+
+def _without_controls(text: str) -> str:
+    """Line ends and tabs may pass; a model's escape sequences must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

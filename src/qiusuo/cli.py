@@ -27,7 +27,7 @@ ModelArgument = Annotated[
     str, typer.Argument(help="A model folder, a run, a .gguf file or a pulled name.")
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16; without it: as it was saved.")
+    str | None, typer.Option(help="float32, bfloat16 or float16; without it: as it was saved.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")]
 
@@ -137,28 +137,30 @@ def chat(
         list[str] | None, typer.Option("--message", "-m", help="Ask this and leave (repeatable).")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     thinking: Annotated[bool, typer.Option("--thinking", help="Ask for a thought first.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model in the terminal."""
     from qiusuo.chat import Conversation, converse
+    from qiusuo.engine.sampling import Sampling
     from qiusuo.terminal import load_shown
 
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    conversation = Conversation(
-        load_shown(model, dtype, device),
-        options | {"seed": seed, "thinking": thinking},
-        system=system,
-    )
-    if message is None:
-        converse(conversation)
+    try:
+        Sampling(max_tokens, temperature, top_p=top_p, seed=seed)  # before minutes of loading
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    loaded = load_shown(model, dtype, device)
+    conversation = Conversation(loaded, options | {"thinking": thinking}, system=system)
     for question in message or []:
         conversation.ask(question)
+    if message is None and not converse(conversation):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
 from qiusuo.checkpoint.load import load_model
-from qiusuo.checkpoint.open import open_checkpoint
+from qiusuo.checkpoint.open import find_model, open_checkpoint
 from qiusuo.checkpoint.stored import Checkpoint, Progress, chunks
+from qiusuo.checkpoint.tensors import EMBEDDING
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.checks import ConfigError
@@ -80,18 +81,31 @@ class Examination:
     def verdict(self) -> str:
         """One line that says what to do next."""
         if self.faults:
-            return f"Not usable as it is: {self.faults[0].subject.lower()}. Mend that first."
-        command = "chat" if self.tokenizer and self.tokenizer.chat_template else "inspect"
-        ready = f"qiusuo {command} {self.reference}"
+            count = _counted(len(self.faults), "fault")
+            first = self.faults[0].subject
+            return (
+                f"Not usable as it is, {count} above. Mend the first ({first}), then look again: "
+                f"qiusuo doctor {self.reference}"
+            )
         if self.model is None:
-            return f"Whole, as far as could be seen without running it here ({ready})."
+            return f"Whole, as far as could be seen without running it here. {self._use()}"
         if self.remarks:
-            return f"Usable, with {len(self.remarks)} remark(s) above: {ready}"
-        return f"Healthy: {ready}"
+            return f"Usable, {_counted(len(self.remarks), 'remark')} above. {self._use()}"
+        return f"Healthy. {self._use()}"
+
+    def _use(self) -> str:
+        if self.tokenizer is None:
+            return f"In Python: qiusuo.load({self.reference!r}).generate([token_ids])"
+        if self.tokenizer.chat_template is None:
+            return f"In Python: qiusuo.load({self.reference!r}).generate([text])"
+        return f"Talk with it: qiusuo chat {self.reference}"
 
 
 def examine(examination: Examination) -> Iterator[Finding]:
-    """The findings as they come; the examination keeps them, and has the verdict in the end."""
+    """The findings as they come; the examination keeps them, and has the verdict in the end.
+
+    Raises CheckpointError where there is nothing to examine."""
+    find_model(examination.reference)
     for check in (_files, _tensors, _numbers, _tokenizer, _template, _forward):
         for finding in _guarded(check, examination):
             examination.findings.append(finding)
@@ -129,13 +143,12 @@ def _files(examination: Examination) -> Iterator[Finding]:
     )
     for warning in caught:
         yield Finding(Mark.REMARK, "Config", str(warning.message))
-    ends = config.eos_token_id
-    if ends is None:
-        yield Finding(Mark.REMARK, "Config", "no eos_token_id: answers end at max_tokens only")
-    for token in ends if isinstance(ends, tuple) else (ends,):
-        if token is not None and not 0 <= token < config.vocab_size:
+    for token in _ends(checkpoint):
+        if not 0 <= token < config.vocab_size:
             yield Finding(
-                Mark.FAULT, "Config", f"eos_token_id {token} is outside {config.vocab_size} tokens"
+                Mark.FAULT,
+                "Config",
+                f"eos_token_id {token} is outside the {config.vocab_size:,} tokens of vocab_size",
             )
 
 
@@ -184,6 +197,13 @@ def _tokenizer(examination: Examination) -> Iterator[Finding]:
     """Tokenizer: as large as the embedding at most, and text survives it."""
     checkpoint = _opened(examination)
     tokenizer = checkpoint.read_tokenizer()
+    if not _ends(checkpoint) and (tokenizer is None or tokenizer.eos_id is None):
+        yield Finding(
+            Mark.REMARK,
+            "End",
+            "neither the config (eos_token_id) nor a tokenizer names an end token: every answer "
+            "goes on to max_tokens",
+        )
     if tokenizer is None:
         yield Finding(
             Mark.REMARK, "Tokenizer", "none (no tokenizer.json): the model takes token ids only"
@@ -196,19 +216,25 @@ def _tokenizer(examination: Examination) -> Iterator[Finding]:
     yield Finding(Mark.GOOD, "Tokenizer", f"{size:,} tokens for {rows:,} rows{padding}")
     for probe in PROBES:
         if (back := tokenizer.decode(tokenizer.encode(probe))) != probe:
-            yield Finding(Mark.REMARK, "Tokenizer", f"{probe!r} comes back as {back!r}")
+            yield Finding(
+                Mark.REMARK,
+                "Tokenizer",
+                f"{probe!r} comes back as {back!r}: its vocabulary lacks some characters, or it "
+                "changes text",
+            )
             break
     else:
         yield Finding(Mark.GOOD, "Tokenizer", f"{len(PROBES)} texts come back unchanged")
-    ends = checkpoint.config.eos_token_id
-    said = ends if isinstance(ends, tuple) else (ends,)
-    if tokenizer.eos_id is not None and tokenizer.eos_id not in said:
-        yield Finding(
-            Mark.REMARK,
-            "Tokenizer",
-            f"its end is {tokenizer.eos_token} ({tokenizer.eos_id}), config.json's eos_token_id is "
-            f"{ends}: both end an answer here, elsewhere perhaps not",
-        )
+    ends, own = _ends(checkpoint), tokenizer.eos_id
+    if own is None or own in ends:
+        return
+    others = f"the config's are {', '.join(map(str, ends))}" if ends else "the config has none"
+    yield Finding(
+        Mark.REMARK,
+        "Tokenizer",
+        f"its end token is {own} ({tokenizer.eos_token}), {others}: each of them ends an answer "
+        "here, elsewhere perhaps not; eos_token_id in config.json can list all",
+    )
 
 
 def _template(examination: Examination) -> Iterator[Finding]:
@@ -230,7 +256,10 @@ def _template(examination: Examination) -> Iterator[Finding]:
 def _forward(examination: Examination) -> Iterator[Finding]:
     """Forward pass: a few tokens through the whole model, MTP modules too."""
     checkpoint = _opened(examination)
-    needed = measure(checkpoint.config).weight_bytes("bfloat16")
+    if any(fault.subject == "Numbers" for fault in examination.faults):
+        return
+    wide = checkpoint.tensors[EMBEDDING].kind in ("F32", "F64")  # as they are loaded
+    needed = measure(checkpoint.config).weight_bytes("float32" if wide else "bfloat16")
     if needed > (free := available_memory()):
         yield Finding(
             Mark.REMARK,
@@ -268,6 +297,15 @@ def _probe_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[lis
         return [(7 * i + 1) % vocabulary for i in range(min(32, limit))], "of arbitrary ids"
     ids = [*tokenizer.text_start, *tokenizer.encode(" ".join(PROBES[:2]))]
     return ids[:limit], "of text"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _ends(checkpoint: Checkpoint) -> tuple[int, ...]:
+    ends = checkpoint.config.eos_token_id
+    return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
 
 def _opened(examination: Examination) -> Checkpoint:

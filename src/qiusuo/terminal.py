@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,8 +82,8 @@ def show_cost(model: str, context: int | None) -> None:
 
 @contextmanager
 def show_progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with speed and time left, for what calls it with (done, total) bytes; nothing
-    is drawn before the first call."""
+    """A progress bar with speed and time left, for what calls it with (done, total) bytes: drawn
+    from the first call on, gone when all is done, and only on a terminal."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -99,7 +100,16 @@ def show_progress(name: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # Redirected, what is printed meanwhile would go where the bar is: right on one terminal alone.
+    redirect = sys.stdout.isatty()
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=redirect,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task(name, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
@@ -114,15 +124,14 @@ def show_catalogue() -> None:
 
 def load_shown(model: str, dtype: str | None, device: str) -> LanguageModel:
     """Load a model to talk with, with a progress bar."""
-    from qiusuo.checkpoint.files import CheckpointError
     from qiusuo.engine.language_model import load
 
     with show_progress(f"loading {model}") as progress:
         loaded = load(model, dtype=dtype, device=device, progress=progress)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise CheckpointError(
-            f"{model} has no chat template: it is a base model, which continues texts; from "
-            "Python: qiusuo.load(...).generate([text])"
+            f"{model} has no chat template: it is a base model, which continues texts; in "
+            f"Python: qiusuo.load({model!r}).generate([text])"
         )
     return loaded
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS, recognise
-from qiusuo.checkpoint.gguf_tokenizer import (
+from qiusuo.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS, recognise
+from qiusuo.checkpoint.gguf.tokenizer import (
     ADD_BOS,
     BOS_ID,
     CHAT_TEMPLATE,

@@ -1,5 +1,7 @@
-"""The public face: load, read, write, save."""
+"""The public face: load, read, write, talk, save."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +11,10 @@ import torch
 import qiusuo
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.huggingface import save_huggingface
+from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.engine.language_model import Message
+from qiusuo.engine.text_stream import Part
 from tests.model.shapes import tiny_model
 
 TEXT = "路漫漫其修远兮，吾将上下而求索。"
@@ -112,8 +117,10 @@ def test_save_and_load_again(folder, tmp_path):
     half = qiusuo.load(tmp_path / "half")
     assert half.model.lm_head.weight.dtype == torch.bfloat16
     assert half.logits([1, 2]).dtype == torch.float32
-    with pytest.raises(ValueError, match="format 'onnx'"):
+    with pytest.raises(CheckpointError, match="format 'onnx' is not written; expected hf or gguf"):
         lm.save(tmp_path / "other", format="onnx")
+    with pytest.raises(CheckpointError, match="dtype 'float64' is not written as hf"):
+        lm.save(tmp_path / "other", dtype=torch.float64)
     assert not (tmp_path / "other").exists()
 
 
@@ -123,8 +130,10 @@ def test_types_on_loading(folder):
         assert lm.model.lm_head.weight.dtype == torch.bfloat16
         assert len(lm.generate(["求索", "路"], max_tokens=4)[1].token_ids) == 4
     assert qiusuo.load(folder).model.lm_head.weight.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"dtype 'int3' is not one of float32"):
+    with pytest.raises(CheckpointError, match=r"dtype 'int3' is not one of float32"):
         qiusuo.load(folder, dtype="int3")
+    with pytest.raises(CheckpointError, match="device 'warp' cannot be used"):
+        qiusuo.load(folder, device="warp")
 
 
 def test_without_a_tokenizer_ids_only(tmp_path):
@@ -135,17 +144,6 @@ def test_without_a_tokenizer_ids_only(tmp_path):
     assert (len(answer.token_ids), answer.text) == (3, "")
     with pytest.raises(ValueError, match="without a tokenizer"):
         lm.generate(["求索"])
-
-
-def test_wrong_paths_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="none is not a folder"):
-        qiusuo.load(tmp_path / "none")
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file is not a folder"):
-        qiusuo.load(tmp_path / "file")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty holds no config\.json"):
-        qiusuo.load(tmp_path / "empty")
 
 
 def test_model_whose_replacement_was_interrupted_is_found(folder, tmp_path):
@@ -180,3 +178,220 @@ def test_unknown_name_of_the_package():
 def test_import_is_light():
     program = "import qiusuo, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Talking
+
+TURNS = [{"role": "system", "content": "路"}, {"role": "user", "content": "求索？"}]
+
+
+def pick(lm, wanted, **settings):
+    """The first seed whose answer is as wanted: (message, pieces, seed)."""
+    for seed in range(200):
+        pieces: list[tuple[Part, str]] = []
+        message = lm.chat(
+            TURNS,
+            temperature=1.0,
+            max_tokens=24,
+            seed=seed,
+            on_text=lambda part, text, heard=pieces: heard.append((part, text)),
+            **settings,
+        )
+        if wanted(message):
+            return message, pieces, seed
+    raise AssertionError("no seed gives such an answer")
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer):
+    """A random model of a small vocabulary, so that it soon draws any token."""
+    model = tiny_model(
+        eos_token_id=None, vocab_size=tokenizer.vocab_size + 3, max_position_embeddings=64
+    )
+    return qiusuo.LanguageModel(model, tokenizer)
+
+
+def joined(pieces, part):
+    return "".join(text for heard, text in pieces if heard is part)
+
+
+def test_chat_answers_through_the_template(chatty, tokenizer):
+    message = chatty.chat(TURNS, max_tokens=9)
+    assert isinstance(message, Message)
+    prompt = tokenizer.apply_chat_template(TURNS)
+    (expected,) = chatty.generate([prompt], max_tokens=9)
+    assert message.role == "assistant"
+    assert message.token_ids == expected.token_ids
+    assert message.finish_reason == expected.finish_reason
+    assert message.content == expected.text.lstrip()
+
+
+def test_chat_is_heard_as_it_comes(chatty, tokenizer):
+    message, pieces, _ = pick(chatty, lambda message: len(message.content) > 12)
+    assert joined(pieces, Part.ANSWER) == message.content
+    assert len(pieces) > 4
+    known = [token for token in message.token_ids if token < tokenizer.vocab_size]
+    assert tokenizer.decode(known).lstrip() == message.content
+
+
+def test_chat_stops_at_the_end_of_any_kind(tokenizer, chatty):
+    """The tokenizer's own end, and all of the config's."""
+    message, _, seed = pick(
+        chatty, lambda message: message.finish_reason == "stop" and message.content
+    )
+    assert message.token_ids[-1] == tokenizer.eos_id
+    assert tokenizer.eos_token not in message.content
+    for end in message.token_ids[:2]:
+        ends = (end, message.token_ids[-2])
+        model = tiny_model(
+            eos_token_id=ends, vocab_size=chatty.config.vocab_size, max_position_embeddings=64
+        )
+        lm = qiusuo.LanguageModel(model, tokenizer)
+        assert lm.stop_ids == {*ends, tokenizer.eos_id}
+        found = lm.chat(TURNS, temperature=1.0, max_tokens=24, seed=seed)
+        assert found.token_ids == message.token_ids[: message.token_ids.index(end) + 1]
+        assert found.finish_reason == "stop"
+
+
+def test_thinking_opens_a_thought(chatty, tokenizer):
+    asked = tokenizer.apply_chat_template(TURNS, thinking=True)
+    assert tokenizer.opens_thought(asked)
+    end = tokenizer.token_id("</think>")
+
+    def closes_inside(message):
+        ids = message.token_ids
+        return end in ids and message.reasoning_content and message.content
+
+    message, pieces, _ = pick(chatty, closes_inside, thinking=True)
+    place = message.token_ids.index(end)
+    assert message.reasoning_content == chatty._text(message.token_ids[:place]).strip()
+    assert message.content == chatty._text(message.token_ids[place + 1 :]).lstrip()
+    assert joined(pieces, Part.THOUGHT) == message.reasoning_content
+    assert joined(pieces, Part.ANSWER) == message.content
+    unclosed, _, _ = pick(chatty, lambda message: end not in message.token_ids, thinking=True)
+    assert unclosed.reasoning_content
+    assert unclosed.content == ""
+    plain, _, _ = pick(chatty, lambda message: bool(message.content))
+    assert plain.reasoning_content is None
+
+
+def test_a_conversation_that_is_too_long_is_refused(chatty):
+    """Before any of it is computed, and in words that are no index into a batch."""
+    with pytest.raises(DataError, match=r"the conversation has \d+ tokens .* context holds 64"):
+        chatty.chat([{"role": "user", "content": "路" * 64}])
+    room = 64 - len(chatty.tokenizer.apply_chat_template([{"role": "user", "content": ""}]))
+    with pytest.raises(DataError, match="the conversation has 64 tokens"):
+        chatty.chat([{"role": "user", "content": "路" * room}])
+    last = chatty.chat([{"role": "user", "content": "路" * (room - 1)}])
+    assert (len(last.token_ids), last.finish_reason) == (1, "length")
+
+
+def test_chat_needs_a_tokenizer_a_template_and_messages(chatty, tokenizer):
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        qiusuo.LanguageModel(tiny_model(), None).chat(TURNS)
+    base = Tokenizer(tokenizer.backend, bos_token=tokenizer.bos_token)
+    with pytest.raises(DataError, match="no chat template"):
+        qiusuo.LanguageModel(chatty.model, base).chat(TURNS)
+    with pytest.raises(DataError, match="at least one message"):
+        chatty.chat([])
+    with pytest.raises(DataError, match="unknown role 'usr': did you mean 'user'"):
+        chatty.chat([{"role": "usr", "content": "路"}])
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_begin_as_the_tokenizer_says(chatty, tokenizer, begins):
+    own = Tokenizer(tokenizer.backend, bos_token=tokenizer.bos_token, add_bos_token=begins)
+    lm = qiusuo.LanguageModel(chatty.model, own)
+    ids = [*([tokenizer.bos_id] if begins else []), *tokenizer.encode("求")]
+    assert lm.generate(["求"], max_tokens=5) == lm.generate([ids], max_tokens=5)
+
+
+# Where a model may be
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A cache of its own, and a current folder where nothing lies about."""
+    monkeypatch.setenv("QIUSUO_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    """What llama.cpp has a form for: a byte-level vocabulary and a dense model."""
+    tokenizer = Tokenizer.train_bpe([TEXT], 300)
+    eos, size = tokenizer.eos_id, tokenizer.vocab_size
+    model = tiny_model(
+        model_type="qwen2", hidden_size=96, intermediate_size=64, num_attention_heads=3,
+        num_key_value_heads=1, eos_token_id=eos, vocab_size=size,
+    )  # fmt: skip
+    return save_huggingface(model, tmp_path_factory.mktemp("dense") / "m", tokenizer=tokenizer)
+
+
+def test_load_a_gguf_file(dense_folder, tmp_path):
+    lm = qiusuo.load(dense_folder)
+    file = lm.save(tmp_path / "model.gguf", format="gguf", dtype="float32")
+    for place in (file, str(file), tmp_path):  # a folder with one such file is that file
+        again = qiusuo.load(place)
+        assert again.logits([1, 2, 3]).sub(lm.logits([1, 2, 3])).abs().max() < 1e-4
+        assert again.stop_ids == lm.stop_ids
+        assert again.chat(TURNS, max_tokens=4).token_ids == lm.chat(TURNS, max_tokens=4).token_ids
+    with pytest.raises(CheckpointError, match=r"gguf is written to a file NAME\.gguf"):
+        lm.save(tmp_path / "model", format="gguf")
+    with pytest.raises(CheckpointError, match="the format hf is written to a folder"):
+        lm.save(tmp_path / "folder.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder_name"),
+    [("smollm2", "smollm2"), ("owner/name", "owner--name"), ("owner/name@v1", "owner--name@v1")],
+)
+def test_load_a_pulled_name(folder, home, name, folder_name):
+    shutil.copytree(folder, home / "models" / folder_name)
+    assert qiusuo.load(name).logits([1, 2]).equal(qiusuo.load(folder).logits([1, 2]))
+
+
+def test_a_folder_goes_before_a_pulled_name(folder, home):
+    (home / "models" / "smollm2").mkdir(parents=True)
+    shutil.copytree(folder, "smollm2")
+    assert qiusuo.load("smollm2").tokenizer is not None
+
+
+def test_files_of_a_model_name_it(folder):
+    for name in ("config.json", "model.safetensors"):
+        assert qiusuo.load(folder / name).logits([1]).equal(qiusuo.load(folder).logits([1]))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("none", "none is not there: expected a model folder, a run, a .gguf file or one of"),
+        ("smolm2", "did you mean 'smollm2'?"),
+        ("smollm2", "smollm2 is not here yet: run `qiusuo pull smollm2`"),
+        ("tinyshakespeare", "tinyshakespeare is a corpus, no model: models by name are smollm2"),
+        ("quickstart", "quickstart is not there"),  # a recipe: no model yet
+        ("owner/name", "`qiusuo pull owner/name` fetches it from Hugging Face"),
+        ("some/deeper/path", "some/deeper/path is not there"),
+        ("file.txt", "file.txt is no model: give its folder, or a .gguf file"),
+        ("empty", "empty holds no config.json, so it is not a model folder"),
+        ("two", "two holds 2 .gguf files (a.gguf, b.gguf); name one of them"),
+        ("run", "run is a run without a finished model: `qiusuo train --resume --run run`"),
+        ("garbage.gguf", "garbage.gguf is not a GGUF file: it does not begin with 'GGUF'"),
+        ("pickle", "which can run any code when it is read and is refused"),
+    ],
+)
+def test_wrong_names_are_told_what_they_are(home, tmp_path, reference, message):
+    here = tmp_path / "here"
+    for name in ("empty", "two", "run", "pickle"):
+        (here / name).mkdir()
+    for name in ("file.txt", "two/b.gguf", "two/a.gguf", "garbage.gguf", "run/recipe.toml"):
+        (here / name).write_text("x")
+    config = tiny_model().config.to_hf()
+    (here / "pickle" / "config.json").write_text(json.dumps(config))
+    (here / "pickle" / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError) as caught:
+        qiusuo.load(reference)
+    assert message in str(caught.value)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qiusuo.checkpoint.gguf_limits import check_writable
+from qiusuo.checkpoint.gguf.limits import check_writable
 from qiusuo.checkpoint.tensors import disk_shapes
 from qiusuo.model.config import ModelConfig
 from qiusuo.runs.folder import read_recipe as read_resolved

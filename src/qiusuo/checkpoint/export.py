@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf import write_gguf
+from qiusuo.checkpoint.gguf.file import write_gguf
 from qiusuo.checkpoint.huggingface import write_huggingface
 from qiusuo.checkpoint.stored import Checkpoint, Progress
 from qiusuo.checkpoint.tensors import layer_of
@@ -28,13 +28,17 @@ def export(
     float16 or fp8), a file in the format "gguf" (float32, bfloat16, float16 or q8_0).
 
     ``dtype=None`` keeps the type the weights are stored in, bfloat16 if that is a quantised one.
-    ``mtp=False`` leaves the MTP modules out."""
+    ``mtp=False`` leaves the MTP modules out. What stands at ``place`` is replaced whole or not at
+    all; CheckpointError where that is no model, or this one cannot be written so."""
     kinds = {"hf": HUGGINGFACE_KINDS, "gguf": GGUF_KINDS}
     if format not in kinds:
         raise CheckpointError(f"format {format!r} is not written; expected {' or '.join(kinds)}")
     if dtype is not None and dtype not in kinds[format]:
         known = ", ".join(kinds[format])
         raise CheckpointError(f"dtype {dtype!r} is not written as {format}; expected {known}")
+    if (format == "gguf") != (Path(place).suffix == ".gguf"):
+        expected = "a file NAME.gguf" if format == "gguf" else "a folder; for a file ask for gguf"
+        raise CheckpointError(f"{place}: the format {format} is written to {expected}")
     if not mtp:
         checkpoint = without_mtp(checkpoint)
     if format == "hf":

@@ -1,4 +1,4 @@
-"""Writing folders so that a reader finds either the old one or the whole new one.
+"""Writing folders and files so that a reader finds either the old one or the whole new one.
 
 A new folder is filled beside the old, flushed, and exchanged with it in one step of the kernel's.
 Where the system has no such step there are two renames, and between them the old folder stands
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 if sys.platform != "win32":  # which neither locks nor flushes folders
     import fcntl
@@ -48,6 +49,32 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # after an exchange: the old folder
         _release(claim)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[IO[bytes]]:
+    """Give a file to fill; on success it takes the place of ``path``, else it goes.
+
+    Raises CheckpointError where the disk refuses; what stood at ``path`` is then untouched.
+    """
+    path = path.resolve()  # through a link: the link stays, what it points to is replaced
+    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    try:
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep_drafts(path)
+            with draft.open("wb") as file:
+                claim = _claim(draft)
+                try:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                finally:
+                    _release(claim)
+            draft.replace(path)
+            _flush(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,19 +131,26 @@ def _sweep(folder: Path) -> None:
     """Remove the drafts of dead writers, and an old folder that a new one has replaced."""
     if folder.exists():
         shutil.rmtree(_aside(folder), ignore_errors=True)
-    for path in folder.parent.iterdir():
-        if path.name.startswith(f".{folder.name}.draft-"):
+    _sweep_drafts(folder)
+
+
+def _sweep_drafts(place: Path) -> None:
+    for path in place.parent.iterdir():
+        if path.name.startswith(f".{place.name}.draft-"):
             with suppress(OSError):  # claimed: its writer lives
                 claim = _claim(path)
-                shutil.rmtree(path, ignore_errors=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
                 _release(claim)
 
 
-def _claim(folder: Path) -> int | None:
-    """Lock a folder until released or until its holder dies; OSError if another holds it."""
+def _claim(place: Path) -> int | None:
+    """Lock it until released or until its holder dies; OSError if another holds it."""
     if sys.platform == "win32":
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -73,9 +73,11 @@ class Fp8Tensor:
         high, wide = self.block
         first = start // high
         scale_nc = self.scale.rows(first, -(-stop // high)).float()
-        scale_NC = scale_nc.repeat_interleave(high, 0).repeat_interleave(wide, 1)
-        scale_NC = scale_NC[start - first * high : stop - first * high, : self.shape[1]]
-        return self.weight.rows(start, stop).float() * scale_NC
+        scale_nC = scale_nc.repeat_interleave(wide, 1)[:, : self.shape[1]]
+        numbers_NC = self.weight.rows(start, stop).float()
+        for block, scale_C in enumerate(scale_nC, start=first):
+            numbers_NC[max(block * high - start, 0) : (block + 1) * high - start] *= scale_C
+        return numbers_NC
 
 
 def pair_scales(

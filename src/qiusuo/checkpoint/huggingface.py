@@ -41,6 +41,8 @@ from qiusuo.model.transformer import Transformer
 
 SHARD_BYTES = 4 << 30
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# Tables that old Llama files carry though they follow from the config.
+_DERIVED = ".rotary_emb.inv_freq"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -74,7 +76,8 @@ def open_huggingface(folder: str | Path) -> Checkpoint:
     restore_folder(folder)
     raw = read_config_json(folder)
     config = _with_all_ends(config_from_hf(raw), folder)
-    tensors = pair_scales(_find_tensors(folder), raw.get("quantization_config"))
+    found = {n: t for n, t in _find_tensors(folder).items() if not n.endswith(_DERIVED)}
+    tensors = pair_scales(found, raw.get("quantization_config"))
     return Checkpoint(folder, "Hugging Face", config, tensors, lambda: _read_tokenizer(folder))
 
 
@@ -162,9 +165,9 @@ def write_huggingface(
     folder = Path(folder)
     _check_place(folder)
     check_inventory(checkpoint)
-    check_copies(checkpoint, checkpoint.tensors)
     tokenizer = checkpoint.read_tokenizer()
     check_tokenizer(checkpoint, tokenizer)
+    check_copies(checkpoint, checkpoint.tensors)
     kind = kind or checkpoint.tensors[EMBEDDING].kind
     kind = kind if kind in DTYPES else "BF16"
     with replacing_folder(folder) as draft:

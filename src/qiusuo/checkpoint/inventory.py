@@ -6,7 +6,6 @@ All of it is known from headers, so it is checked before a number is read or a b
 from __future__ import annotations
 
 import difflib
-import re
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.stored import Checkpoint
@@ -15,15 +14,13 @@ from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.config import ModelConfig
 
 SHOWN = 5
-# Tables that old Llama files carry though they follow from the config.
-_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 def check_inventory(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError naming what is missing, surplus or of the wrong shape."""
     shapes, config = disk_shapes(checkpoint.config), checkpoint.config
     repeated = copies(config)
-    found = {name for name in checkpoint.tensors if not _DERIVED.search(name)}
+    found = set(checkpoint.tensors)
     missing = sorted(set(shapes) - found, key=natural)
     surplus = sorted(found - set(shapes) - set(repeated), key=natural)
     if missing or surplus:

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from qiusuo.checkpoint.files import CheckpointError, restore_folder
-from qiusuo.checkpoint.gguf import open_gguf
+from qiusuo.checkpoint.gguf.file import open_gguf
 from qiusuo.checkpoint.huggingface import open_huggingface, write_huggingface
 from qiusuo.checkpoint.stored import Checkpoint, Progress
 from qiusuo.data.cache import only_one
@@ -43,6 +43,10 @@ def find_model(reference: str | Path) -> Path:
     if ggufs:
         names = ", ".join(file.name for file in ggufs[:5])
         raise CheckpointError(f"{path} holds {len(ggufs)} .gguf files ({names}); name one of them")
+    if (path / "recipe.toml").is_file():
+        raise CheckpointError(
+            f"{path} is a run without a finished model: `qiusuo train --resume --run {path}`"
+        )
     raise CheckpointError(f"{path} holds no config.json, so it is not a model folder")
 
 
@@ -72,6 +76,8 @@ def _not_there(reference: str) -> str:
     models = [entry.name for entry in catalogue().values() if entry.kind == "model"]
     if reference in models:
         return f"{reference} is not here yet: run `qiusuo pull {reference}`"
+    if reference in catalogue():
+        return f"{reference} is a corpus, no model: models by name are {', '.join(models)}"
     near = difflib.get_close_matches(reference, models, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     if reference.count("/") == 1 and not hint:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from qiusuo.checkpoint.export import export
+from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_tokenizer
 from qiusuo.checkpoint.load import checkpoint_of, load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Progress
 from qiusuo.data.chat_template import Message as GivenMessage
+from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.generate import check_tokens, generate
 from qiusuo.engine.sampling import Sampling
@@ -102,9 +104,16 @@ class LanguageModel:
         on_text: OnText | None = None,
     ) -> Message:
         """Answer a conversation through the model's own template. ``thinking`` asks templates that
-        know both for a thought first; R1's always opens one. ``on_text`` hears the answer grow."""
+        know both for a thought first; R1's always opens one. ``on_text`` hears the answer grow.
+
+        Raises DataError for messages that the template refuses or the context cannot hold."""
         tokenizer = self._needed_tokenizer()
         prompt = tokenizer.apply_chat_template(messages, thinking=thinking)
+        if len(prompt) >= (limit := self.config.max_position_embeddings):
+            raise DataError(
+                f"the conversation has {len(prompt)} tokens and leaves no room for an answer: the "
+                f"context holds {limit}; shorten it, or begin anew"
+            )
         stream, splitter = TextStream(tokenizer), ThoughtSplitter(tokenizer.opens_thought(prompt))
         parts: dict[Part, list[str]] = {Part.THOUGHT: [], Part.ANSWER: []}
 
@@ -114,12 +123,14 @@ class LanguageModel:
                 if on_text is not None:
                     on_text(part, text)
 
+        stop_ids = self.stop_ids
+
         def on_token(_row: int, token: int) -> None:
-            if token not in self.stop_ids:
+            if token not in stop_ids:
                 give(splitter.push(stream.push(token)))
 
         sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
-        [answer] = generate(self.model, [prompt], sampling, self.stop_ids, on_token)
+        [answer] = generate(self.model, [prompt], sampling, stop_ids, on_token)
         give(splitter.push(stream.finish()))
         give(splitter.finish())
         thought = "".join(parts[Part.THOUGHT])
@@ -180,12 +191,15 @@ def load(
     model), or a name that was pulled.
 
     ``dtype``: "float32", "bfloat16", "float16", or None for the type the weights were saved in
-    (bfloat16 for FP8 and quantised ones).
+    (bfloat16 for FP8 and quantised ones). CheckpointError for what is not there, does not fit
+    together or needs more memory than is free.
     """
+    _check_device(device)
+    wanted = _dtype(dtype)
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.read_tokenizer()
     check_tokenizer(checkpoint, tokenizer)
-    model = load_model(checkpoint, dtype=_dtype(dtype), device=device, progress=progress)
+    model = load_model(checkpoint, dtype=wanted, device=device, progress=progress)
     return LanguageModel(model, tokenizer)
 
 
@@ -194,5 +208,13 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(known)}")
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(known)}")
     return known[dtype]
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"device {str(device)!r} cannot be used: {reason}") from error

@@ -9,19 +9,20 @@ from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.data.vocabularies import THINK_BEGIN, THINK_END
 
 REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
-LONGEST_CHARACTER = 4  # tokens, where each is a byte
 
 
 class TextStream:
     """Pieces of text that join to what decoding all ids at once gives.
 
-    Only the ids since the last whole piece are decoded, with those of the piece before them: some
-    decoders write a word differently at the start of a text."""
+    Only the ids since the last whole character are decoded, with those that came before them: some
+    decoders write a word differently at the start of a text. Replacement characters at the end
+    wait for the next token, which may complete the last of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.before: list[int] = []
         self.pending: list[int] = []
+        self.given = 0  # characters of the pending text that were given already
 
     def push(self, token: int) -> str:
         """The text that this token completes, "" while a character is unfinished."""
@@ -29,15 +30,16 @@ class TextStream:
             return ""
         self.pending.append(token)
         text = self._text()
-        if text.endswith(REPLACEMENT) and len(self.pending) < LONGEST_CHARACTER:
-            return ""
-        self.before, self.pending = self.pending, []
-        return text
+        whole = text.rstrip(REPLACEMENT)
+        piece, self.given = whole[self.given :], len(whole)
+        if whole == text:
+            self.before, self.pending, self.given = self.pending, [], 0
+        return piece
 
     def finish(self) -> str:
-        """What is left, half a character too, as the replacement character."""
-        text = self._text() if self.pending else ""
-        self.before, self.pending = [], []
+        """What is left: half a character too, as the replacement character."""
+        text = self._text()[self.given :]
+        self.before, self.pending, self.given = [], [], 0
         return text
 
     def _text(self) -> str:
@@ -54,8 +56,8 @@ class ThoughtSplitter:
     """Tells an answer's thought (`<think>...</think>`) from the answer, however the text is cut.
 
     ``open``: whether the prompt opened the thought already, as R1's template does. A thought can
-    only stand at the very beginning; a later `<think>` is text like any other. The white space
-    between the marks and the words belongs to neither."""
+    only stand at the very beginning; a later `<think>` is text like any other. White space around
+    a thought and before the answer belongs to neither."""
 
     def __init__(self, open: bool) -> None:
         self.part = Part.THOUGHT if open else Part.ANSWER
@@ -67,7 +69,7 @@ class ThoughtSplitter:
         self.held += text
         if self.may_open:
             start = self.held.lstrip()
-            if THINK_BEGIN.startswith(start[: len(THINK_BEGIN)]) and len(start) < len(THINK_BEGIN):
+            if len(start) < len(THINK_BEGIN) and THINK_BEGIN.startswith(start):
                 return
             self.may_open = False
             if start.startswith(THINK_BEGIN):
@@ -77,14 +79,9 @@ class ThoughtSplitter:
             if mark:
                 yield from self._give(thought.rstrip())
                 self.part, self.held, self.begun = Part.ANSWER, rest, False
-            else:
-                kept = _tail_to_hold(self.held)
-                ready, self.held = self.held[: len(self.held) - kept], self.held[-kept:]
-                self.held = self.held if kept else ""
-                yield from self._give(ready)
-                return
-        ready, self.held = self.held, ""
-        yield from self._give(ready)
+        sure = self.held if self.part is Part.ANSWER else _surely_thought(self.held)
+        self.held = self.held[len(sure) :]
+        yield from self._give(sure)
 
     def finish(self) -> Iterator[tuple[Part, str]]:
         """What was held back: a thought that never closed stays a thought."""
@@ -99,11 +96,10 @@ class ThoughtSplitter:
             yield self.part, text
 
 
-def _tail_to_hold(text: str) -> int:
-    """How many characters at the end may belong to `</think>` or to the white space before it."""
-    words = text
-    for length in range(min(len(THINK_END) - 1, len(text)), 0, -1):
+def _surely_thought(text: str) -> str:
+    """The text without what may be the beginning of `</think>`, or white space before it."""
+    for length in range(len(THINK_END) - 1, 0, -1):
         if text.endswith(THINK_END[:length]):
-            words = text[:-length]
+            text = text[:-length]
             break
-    return len(text) - len(words.rstrip())
+    return text.rstrip()

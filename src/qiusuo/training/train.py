@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from qiusuo.checkpoint.training_state import load_state
+from qiusuo.data.cache import cache_folder
 from qiusuo.data.errors import DataError
 from qiusuo.data.loader import Loader
 from qiusuo.data.prepare import PreparedData, prepare_corpus
-from qiusuo.data.cache import cache_folder
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.language_model import LanguageModel
 from qiusuo.model.transformer import Transformer

@@ -67,7 +67,8 @@ def _check_deepseek(config: DeepseekConfig) -> None:
         f"llama.cpp has room for {MAX_EXPERTS} experts in a layer",
     )
     _refuse(
-        config.n_shared_experts == 0 and config.first_k_dense_replace < layers,
+        config.n_shared_experts == 0
+        and config.is_moe_layer(layers + config.num_nextn_predict_layers - 1),
         "llama.cpp asks for a shared expert in every MoE layer, and n_shared_experts is 0",
     )
     _refuse(

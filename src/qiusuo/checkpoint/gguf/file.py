@@ -8,25 +8,19 @@ file gets when every byte is on the disk.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf_config import (
-    Fields,
-    config_from_metadata,
-    metadata_from_config,
-    stop_metadata,
-)
-from qiusuo.checkpoint.gguf_header import ALIGNMENT, MAGIC, Entry, header_bytes, read_header
-from qiusuo.checkpoint.gguf_limits import check_writable
-from qiusuo.checkpoint.gguf_plan import Planned, planned_tensors
-from qiusuo.checkpoint.gguf_tensors import ROPE_FREQS, has_mtp, stored_tensors
-from qiusuo.checkpoint.gguf_tokenizer import read_tokenizer, tokenizer_metadata
-from qiusuo.checkpoint.gguf_weights import encode, file_tensors
+from qiusuo.checkpoint.files import CheckpointError, replacing_file
+from qiusuo.checkpoint.gguf.config import Fields, config_from_metadata
+from qiusuo.checkpoint.gguf.header import ALIGNMENT, MAGIC, Entry, header_bytes, read_header
+from qiusuo.checkpoint.gguf.limits import check_writable
+from qiusuo.checkpoint.gguf.metadata import metadata_from_config, stop_metadata
+from qiusuo.checkpoint.gguf.plan import Planned, planned_tensors
+from qiusuo.checkpoint.gguf.tensors import ROPE_FREQS, has_mtp, stored_tensors
+from qiusuo.checkpoint.gguf.tokenizer import read_tokenizer, tokenizer_metadata
+from qiusuo.checkpoint.gguf.weights import encode, file_tensors
 from qiusuo.checkpoint.inventory import check_inventory
 from qiusuo.checkpoint.load import check_copies
 from qiusuo.checkpoint.stored import Checkpoint, Progress
@@ -113,7 +107,7 @@ def write_gguf(
     metadata |= stop_metadata(config, metadata)
     plans = planned_tensors(checkpoint)
     entries, size = _table(plans, kind.upper())
-    with _replacing_file(path) as file:
+    with replacing_file(path) as file:
         file.write(header_bytes(metadata, entries))
         written = 0
         for plan, entry in zip(plans, entries, strict=True):
@@ -137,7 +131,10 @@ def _metadata(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any]:
     }
     tokenizer = checkpoint.read_tokenizer()
     if tokenizer is None:
-        return metadata | {MODEL_KEY: "no_vocab"}
+        raise CheckpointError(
+            f"{checkpoint.place} has no tokenizer, and llama.cpp's programs stop at a GGUF file "
+            "without one; put its tokenizer.json beside the weights"
+        )
     return metadata | tokenizer_metadata(tokenizer, checkpoint.config.vocab_size)
 
 
@@ -167,21 +164,3 @@ def _check_place(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise CheckpointError(f"{path} is there and is not a GGUF file: choose another name")
-
-
-@contextmanager
-def _replacing_file(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file to fill; on success it takes the place of ``path``, else it goes."""
-    path = path.resolve()  # through a link: the link stays, what it points to is replaced
-    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A tokenizer out of the metadata of a GGUF file, and into it.
 
 GGUF keeps a vocabulary as flat lists: the tokens in the order of their ids, a type for each, the
-merges, and a name for the way text is cut into words first (gguf_pretokenizers.py). An ordinary
+merges, and a name for the way text is cut into words first (pretokenizers.py). An ordinary
 token is spelt in the byte-level alphabet, where every byte has a visible letter and a space is
 "Ġ"; special and added tokens are spelt as they are. An embedding with more rows than tokens gets
 unused ones, since readers count the rows by this list.
@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf_pretokenizers import (
+from qiusuo.checkpoint.gguf.pretokenizers import (
     PreTokenizer,
     pre_tokenizer_named,
     recognise,

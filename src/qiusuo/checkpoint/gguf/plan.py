@@ -1,6 +1,6 @@
 """What a GGUF file will hold of a checkpoint: the tensors by name, and how each is put together.
 
-The way out of gguf_tensors.py: experts are stacked, kv_b_proj is cut into keys and values, a
+The way out of tensors.py: experts are stacked, kv_b_proj is cut into keys and values, a
 Llama's heads are interleaved. A plan gives shapes at once and numbers when they are asked for.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qiusuo.checkpoint.gguf_config import rope_factors
-from qiusuo.checkpoint.gguf_tensors import (
+from qiusuo.checkpoint.gguf.config import rope_factors
+from qiusuo.checkpoint.gguf.tensors import (
     IN_LAYER,
     KEYS,
     ROPE_FREQS,

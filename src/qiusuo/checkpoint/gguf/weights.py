@@ -18,7 +18,7 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf_header import Entry, Header
+from qiusuo.checkpoint.gguf.header import Entry, Header
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -95,11 +95,12 @@ class FileTensor:
             return decode(self.file.copy(entry.offset, entry.nbytes)[None], self.kind)[
                 0, start:stop
             ]
-        inner, width = self.shape[1:], entry.row_bytes
-        size = width * int(np.prod(inner[:-1]))
-        stop = min(stop, self.shape[0])
-        content = self.file.copy(entry.offset + start * size, (stop - start) * size)
-        return decode(content.reshape(-1, width), self.kind).view(-1, *inner)
+        count, step = stop - start, entry.nbytes // self.shape[0]
+        if count == 0:
+            return torch.empty((0, *self.shape[1:]), dtype=PLAIN.get(self.kind, torch.float32))
+        content = self.file.copy(entry.offset + start * step, count * step)
+        rows = decode(content.reshape(-1, entry.row_bytes), self.kind)
+        return rows.view(count, *self.shape[1:])
 
     def matrix(self, index: int) -> FileTensor:
         """One of the matrices of a stack."""
@@ -129,5 +130,5 @@ def encode(rows: Tensor, kind: str) -> bytes:
         if kind == "F16" and not plain.isfinite().all():
             raise CheckpointError("numbers beyond 65504 have no place in F16; choose bf16 or f32")
         return plain.view(torch.uint8).numpy().tobytes()
-    quantised: np.ndarray = quantize(rows.float().numpy(), GGMLQuantizationType[kind])
+    quantised: np.ndarray = quantize(rows.float().contiguous().numpy(), GGMLQuantizationType[kind])
     return quantised.tobytes()

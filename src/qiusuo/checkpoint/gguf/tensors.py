@@ -8,7 +8,7 @@ Most differ in name only. What is arranged otherwise:
 - RoPE turns adjacent elements in `llama`, so the rows of every head of q and k are interleaved:
   p, p + E/2, p + 1, ... Qwen2's and DeepSeek's stay as they are.
 
-Reading puts all that back a few rows at a time; gguf_plan.py is the way out.
+Reading puts all that back a few rows at a time; plan.py is the way out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf_weights import FileTensor
+from qiusuo.checkpoint.gguf.weights import FileTensor
 from qiusuo.checkpoint.stored import StoredTensor
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.dense_config import DenseConfig
