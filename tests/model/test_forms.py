@@ -1,11 +1,13 @@
 """Expanded and absorbed attention, whole and in pieces, alone and packed: one function."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qiusuo.engine.cache import LatentCache
+from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.model.groups import Whole
 from qiusuo.model.transformer import Transformer
 from tests.model.shapes import FAMILIES, VARIANTS, tiny_model
@@ -14,20 +16,35 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(97, (3, 29), generator=torch.Generator().manual_seed(5))
 
 
+@dataclass
+class Row:
+    """A sequence in a cache."""
+
+    pages: list[int]
+    length: int = 0
+
+
+def rows_in(model: Transformer, rows: int, places: int) -> tuple[PagedCache, list[Row]]:
+    """A cache of small pages, dealt out in turn: no row has its pages side by side."""
+    cache = PagedCache(model.config, rows * places, torch.float32, CPU, page_tokens=4)
+    each = cache.pages_for(places)
+    return cache, [Row([row + rows * page for page in range(each)]) for row in range(rows)]
+
+
 def in_pieces(
     model: Transformer, tokens_BT: torch.Tensor, pieces: list[tuple[int, bool]]
 ) -> torch.Tensor:
     """Hidden states when the cache is filled piece by piece: (tokens, absorbed) each."""
-    cache = LatentCache(model.config, len(tokens_BT), tokens_BT.shape[1], torch.float32, CPU)
+    cache, rows = rows_in(model, *tokens_BT.shape)
     out = []
     for length, absorbed in pieces:
-        start, stop = cache.length, cache.length + length
+        start, stop = rows[0].length, rows[0].length + length
         positions_BT = torch.arange(start, stop).expand(len(tokens_BT), -1)
-        groups = (cache.group(length, None, absorbed),)
-        piece = model(tokens_BT[:, start:stop], positions_BT, groups=groups)
-        out.append(piece.x_BTD)
-        cache.advance(length)
-    assert cache.length == tokens_BT.shape[1]
+        group = cache.group(rows, length, absorbed)
+        out.append(model(tokens_BT[:, start:stop], positions_BT, groups=(group,)).x_BTD)
+        for row in rows:
+            row.length = stop
+    assert rows[0].length == tokens_BT.shape[1]
     return torch.cat(out, dim=1)
 
 
@@ -64,28 +81,39 @@ def test_any_pieces_in_any_form(data):
 
 
 @torch.no_grad()
-def test_the_cache_keeps_latent_and_rope_key_only():
+def test_sequences_of_any_lengths_in_one_pass():
+    """A chunk of one prompt, single tokens of two others and two of a fourth, in three groups."""
     model = tiny_model()
-    cache = LatentCache(model.config, 3, 40, torch.float32, CPU)
-    assert cache.entries_LBSX.shape == (3, 3, 40, 16 + 8)
-    marker = 1234.5
-    cache.entries_LBSX.fill_(marker)
-    model(TOKENS, groups=(cache.group(29, None, False),))
-    assert not (cache.entries_LBSX[:, :, :29] == marker).any()
-    assert (cache.entries_LBSX[:, :, 29:] == marker).all()
+    cache, rows = rows_in(model, 4, 29)
+    filled = (0, 20, 11, 5)
+    for row, length in zip(rows, filled, strict=True):
+        if length:
+            model(TOKENS[:1, :length], groups=(cache.group([row], length, False),))
+            row.length = length
+    counts = (9, 1, 1, 2)
+    groups = (
+        cache.group(rows[:1], 9, False),
+        cache.group(rows[1:3], 1, True),
+        cache.group(rows[3:], 2, True),
+    )
+    spans = [range(a, a + count) for a, count in zip(filled, counts, strict=True)]
+    positions_1N = torch.tensor([[place for span in spans for place in span]])
+    out_1ND = model(TOKENS[:1, positions_1N[0]], positions_1N, groups=groups).x_BTD
+    whole_1TD = model(TOKENS[:1]).x_BTD
+    assert_close(out_1ND, whole_1TD[:, positions_1N[0]])
 
 
 @torch.no_grad()
-def test_keep_goes_on_with_the_rows_named():
+def test_the_cache_keeps_latent_and_rope_key_only():
     model = tiny_model()
-    cache = LatentCache(model.config, 3, 29, torch.float32, CPU)
-    model(TOKENS[:, :20], groups=(cache.group(20, None, False),))
-    cache.advance(20)
-    rows = torch.tensor([2, 0])
-    cache.keep(rows)
-    groups = (cache.group(1, None, True),)
-    last = model(TOKENS[rows, 20:21], torch.full((2, 1), 20), groups=groups)
-    assert_close(last.x_BTD[:, 0], model(TOKENS[rows, :21]).x_BTD[:, -1])
+    cache, (row,) = rows_in(model, 1, 29)
+    assert cache.entries_LpsZ.shape[-1] == 16 + 8
+    marker = 1234.5
+    cache.entries_LpsZ.fill_(marker)
+    model(TOKENS[:1], groups=(cache.group([row], 29, False),))
+    entries_LSZ = cache.entries_LpsZ[:, row.pages].flatten(1, 2)
+    assert not (entries_LSZ[:, :29] == marker).any()
+    assert (entries_LSZ[:, 29:] == marker).all()
 
 
 # -- documents ----------------------------------------------------------------------------------

@@ -2,144 +2,270 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qiusuo.checkpoint.export import export
-from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.inventory import check_tokenizer
-from qiusuo.checkpoint.load import checkpoint_of, load_model
-from qiusuo.checkpoint.open import open_checkpoint
-from qiusuo.checkpoint.stored import Progress
+from qiusuo.checkpoint.load import checkpoint_of
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.generate import check_tokens, generate
+from qiusuo.engine.answer_events import Event, Kind
+from qiusuo.engine.answer_stream import AnswerStream
+from qiusuo.engine.answering import Answering
+from qiusuo.engine.constraint import Constraint, Grammars, Matcher
+from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.drafting import Drafter, NgramDrafter
+from qiusuo.engine.mtp_drafting import MTPDrafter
+from qiusuo.engine.request import Request, RequestError, check_tokens
+from qiusuo.engine.request import Sequence as Answer
+from qiusuo.engine.sampler import Drawn
 from qiusuo.engine.sampling import Sampling
-from qiusuo.engine.text_stream import Part, TextStream, ThoughtSplitter
+from qiusuo.engine.tool_calls import format_of
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
 
 # T tokens, W vocabulary.
 
+DRAFTS = ("auto", "mtp", "ngram", "none")
+
 
 @dataclass(frozen=True)
 class Completion:
-    """``text`` leaves out the end token; ``token_ids`` and ``logprobs`` have it."""
+    """``text`` leaves out the end token; ``token_ids`` and ``logprobs`` have it. ``drawn`` and
+    ``prompt_drawn``: the likeliest alternatives, where asked for. ``versions``: of the weights, for
+    each token. ``experts``: the routers' choices [tokens, MoE layers, K] of prompt and answer but
+    for the last token, where asked for."""
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+    drawn: list[Drawn] = field(default_factory=list, repr=False)
+    prompt_drawn: list[Drawn] = field(default_factory=list, repr=False)
+    versions: list[int] = field(default_factory=list, repr=False)
+    experts: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a turn. ``cached_tokens`` of the prompt were found in the cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
 class Message:
     """A model's turn of a conversation. ``reasoning_content`` is its thought without the marks,
-    None where it had none."""
+    None where it had none; ``tool_calls`` as OpenAI's and DeepSeek's API write them."""
 
     content: str
     reasoning_content: str | None
+    tool_calls: list[dict[str, Any]]
     token_ids: list[int]
     finish_reason: str
+    usage: Usage
     role: str = "assistant"
 
 
-OnText = Callable[[Part, str], None]
-"""Called with each piece of a thought or an answer as it comes."""
+OnEvent = Callable[[Event], None]
+"""Called with each piece of a thought, an answer or a call as it comes."""
 
 
 class LanguageModel:
-    """A model and its tokenizer (None where a folder has none: then token ids only)."""
+    """A model and its tokenizer (None where a folder has none: then token ids only).
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    ``limits``: of the engine. ``draft``: "mtp", "ngram" or "none"; "auto" takes MTP where the
+    model has a module for it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        limits: Limits | None = None,
+        draft: str = "auto",
+    ) -> None:
+        if draft not in DRAFTS:
+            raise ValueError(f"draft {draft!r} is not one of {', '.join(DRAFTS)}")
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.limits, self.draft = limits or Limits(), draft
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @cached_property
+    def engine(self) -> Engine:
+        """Made when it is first needed: it takes memory for its cache."""
+        engine = Engine(self.model, self.limits)
+        drafter = self._drafter(engine)
+        if drafter is not None:
+            engine.drafter = drafter
+        return engine
+
+    def _drafter(self, engine: Engine) -> Drafter | None:
+        has_mtp = self.config.num_nextn_predict_layers > 0
+        if self.draft == "mtp" or (self.draft == "auto" and has_mtp):
+            return MTPDrafter(self.model, engine.cache)
+        return NgramDrafter() if self.draft == "ngram" else None
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        tokenizer = self._needed_tokenizer()
+        return Grammars(tokenizer, self.config.vocab_size, self.stop_ids)
+
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 logits [T, W] after each of these tokens."""
-        check_tokens(self.model, token_ids)
+        check_tokens(self.config, token_ids)
         tokens_BT = torch.tensor([list(token_ids)], device=self._device)
         return self.model.logits(self.model(tokens_BT).x_BTD)[0]
+
+    # -- texts ------------------------------------------------------------------------------
 
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
         *,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
+        n: int = 1,
+        best_of: int | None = None,
+        constraint: Constraint | None = None,
+        keep_experts: bool = False,
+        **sampling: Any,
     ) -> list[Completion]:
-        """Continue texts (a beginning-of-text token is put before each) or token ids as given."""
+        """Continue texts (a beginning-of-text token is put before each) or token ids as given.
+
+        ``sampling``: the fields of ``Sampling``. ``n`` answers to each prompt, side by side in the
+        list; of ``best_of`` those with the highest mean log-probability. Equal prompts draw apart.
+        Raises RequestError or ValueError for what cannot be answered, before anything is."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list: write generate([text])")
-        sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
-        ids = [self._encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        answers = generate(self.model, ids, sampling, self.stop_ids)
-        return [
-            Completion(self._text(a.token_ids), a.token_ids, a.logprobs, a.finish_reason)
-            for a in answers
+        if best_of is not None and best_of < n:
+            raise RequestError(f"best_of {best_of} is less than n {n}")
+        options = Sampling(**sampling)
+        requests = [
+            Request(
+                prompt=tuple(self._encode(p)),
+                sampling=options,
+                end_ids=self.stop_ids,
+                n=best_of or n,
+                first_choice=row * (best_of or n),
+                keep_experts=keep_experts,
+            )
+            for row, p in enumerate(prompts)
         ]
+        for row, request in enumerate(requests):  # all or none
+            self.engine.check(request, f"prompt {row}")
+        if constraint is not None or options.stop:  # both are about text
+            self._needed_tokenizer()
+        matchers = [self._matcher(constraint) for request in requests for _ in range(request.n)]
+        groups = [self.engine.submit(request) for request in requests]
+        sequences = [sequence for group in groups for sequence in group]
+        finished = iter(list(map(self._follow_text, sequences, matchers)))
+        self._run(sequences)
+        completions = []
+        for group in groups:
+            told = [self._completion(sequence, next(finished)) for sequence in group]
+            if best_of is not None:
+                told.sort(key=lambda one: -sum(one.logprobs) / max(1, len(one.logprobs)))
+            completions += told[:n]
+        return completions
+
+    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
+        return None if constraint is None else self.grammars.matcher(constraint)
+
+    def _follow_text(self, sequence: Answer, matcher: Matcher | None) -> Answering | None:
+        if self.tokenizer is None:
+            return None
+        stream = AnswerStream(self.tokenizer, None, sequence.request.sampling.stop)
+        return Answering(sequence, stream, tokenizer=self.tokenizer, matcher=matcher)
+
+    def _completion(self, sequence: Answer, answering: Answering | None) -> Completion:
+        self._check_ended(sequence)
+        text = ""
+        if answering is not None:
+            answering.finish()
+            text = answering.text(Kind.CONTENT)
+        return Completion(
+            text=text,
+            token_ids=list(sequence.answer),
+            logprobs=[one.logprob for one in sequence.drawn],
+            finish_reason=sequence.finish_reason or "",
+            drawn=sequence.drawn,
+            prompt_drawn=sequence.prompt_drawn,
+            versions=sequence.versions,
+            experts=torch.cat(sequence.experts) if sequence.experts else None,
+        )
+
+    # -- conversations ----------------------------------------------------------------------
 
     def chat(
         self,
         messages: Sequence[GivenMessage],
         *,
-        max_tokens: int = 1024,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = False,
-        on_text: OnText | None = None,
+        thinking_budget: int | None = None,
+        constraint: Constraint | None = None,
+        on_event: OnEvent | None = None,
+        **sampling: Any,
     ) -> Message:
-        """Answer a conversation through the model's own template. ``thinking`` asks templates that
-        know both for a thought first; R1's always opens one. ``on_text`` hears the answer grow.
+        """Answer a conversation through the model's own template.
 
-        Raises DataError for messages that the template refuses or the context cannot hold."""
+        ``thinking`` asks templates that know both for a thought first (R1's always opens one);
+        ``thinking_budget`` is how many tokens it may have. ``constraint`` holds for the answer, not
+        for the thought. ``on_event`` hears the answer grow. Raises DataError for messages that the
+        template refuses or the context cannot hold."""
         tokenizer = self._needed_tokenizer()
-        prompt = tokenizer.apply_chat_template(messages, thinking=thinking)
-        if len(prompt) >= (limit := self.config.max_position_embeddings):
+        prompt = tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+        if len(prompt) >= self.engine.capacity:
             raise DataError(
                 f"the conversation has {len(prompt)} tokens and leaves no room for an answer: the "
-                f"context holds {limit}; shorten it, or begin anew"
+                f"context holds {self.engine.capacity}; shorten it, or begin anew"
             )
-        stream, splitter = TextStream(tokenizer), ThoughtSplitter(tokenizer.opens_thought(prompt))
-        parts: dict[Part, list[str]] = {Part.THOUGHT: [], Part.ANSWER: []}
-
-        def give(pieces: Iterable[tuple[Part, str]]) -> None:
-            for part, text in pieces:
-                parts[part].append(text)
-                if on_text is not None:
-                    on_text(part, text)
-
-        stop_ids = self.stop_ids
-
-        def on_token(_row: int, token: int) -> None:
-            if token not in stop_ids:
-                give(splitter.push(stream.push(token)))
-
-        sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
-        [answer] = generate(self.model, [prompt], sampling, stop_ids, on_token)
-        give(splitter.push(stream.finish()))
-        give(splitter.finish())
-        thought = "".join(parts[Part.THOUGHT])
-        return Message(
-            content="".join(parts[Part.ANSWER]),
-            reasoning_content=thought or None,
-            token_ids=answer.token_ids,
-            finish_reason=answer.finish_reason,
+        options = Sampling(**({"max_tokens": 1024} | sampling))
+        calls = format_of(tokenizer) if tools else None
+        matcher = self._matcher(constraint)
+        [sequence] = self.engine.submit(Request(tuple(prompt), options, self.stop_ids))
+        answering = Answering(
+            sequence,
+            AnswerStream(tokenizer, tokenizer.opens_thought(prompt), options.stop, calls),
+            tokenizer=tokenizer,
+            thinking_budget=thinking_budget,
+            matcher=matcher,
+            on_event=on_event,
         )
+        self._run([sequence])
+        self._check_ended(sequence)
+        answering.finish()
+        return _message(sequence, answering)
+
+    def _run(self, sequences: list[Answer]) -> None:
+        """Drive the engine until all of these have ended; stopped midway, they are cancelled."""
+        try:
+            while any(sequence.finish_reason is None for sequence in sequences):
+                self.engine.step()
+        except BaseException:
+            for sequence in sequences:
+                self.engine.cancel(sequence)
+            raise
+
+    @staticmethod
+    def _check_ended(sequence: Answer) -> None:
+        if sequence.finish_reason == "error":
+            raise RequestError(sequence.error)
+
+    # -- what it is made of -----------------------------------------------------------------
 
     def save(
         self, place: str | Path, format: str = "hf", dtype: str | torch.dtype | None = None
@@ -149,7 +275,7 @@ class LanguageModel:
         name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
         return export(checkpoint_of(self.model, self.tokenizer), place, format, name)
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those of the config, and the tokenizer's own."""
         eos = self.config.eos_token_id
@@ -167,54 +293,33 @@ class LanguageModel:
             raise ValueError("this model came without a tokenizer.json: give token ids")
         return self.tokenizer
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: Any) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
         tokenizer = self._needed_tokenizer()
         return [*tokenizer.text_start, *tokenizer.encode(text)]
 
-    def _text(self, token_ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        if token_ids and token_ids[-1] in self.stop_ids:
-            token_ids = token_ids[:-1]
-        # A vocabulary is often padded (V3's to 129,280): such rows have an id and no text.
-        known = self.tokenizer.vocab_size
-        return self.tokenizer.decode([token for token in token_ids if token < known])
 
-
-def load(
-    path: str | Path,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-) -> LanguageModel:
-    """Load a model: a folder in Hugging Face layout, a .gguf file, a run folder (its finished
-    model), or a name that was pulled.
-
-    ``dtype``: "float32", "bfloat16", "float16", or None for the type the weights were saved in
-    (bfloat16 for FP8 and quantised ones). CheckpointError for what is not there, does not fit
-    together or needs more memory than is free.
-    """
-    _check_device(device)
-    wanted = _dtype(dtype)
-    checkpoint = open_checkpoint(path)
-    tokenizer = checkpoint.read_tokenizer()
-    check_tokenizer(checkpoint, tokenizer)
-    model = load_model(checkpoint, dtype=wanted, device=device, progress=progress)
-    return LanguageModel(model, tokenizer)
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(known)}")
-    return known[dtype]
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"device {str(device)!r} cannot be used: {reason}") from error
+def _message(sequence: Answer, answering: Answering) -> Message:
+    calls: list[dict[str, Any]] = []
+    for event in answering.events:
+        if event.kind is Kind.CALL_BEGIN:
+            function = {"name": event.name, "arguments": ""}
+            identity = f"call_{uuid.uuid4().hex[:24]}"
+            calls.append({"id": identity, "type": "function", "function": function})
+        elif event.kind is Kind.ARGUMENTS:
+            calls[-1]["function"]["arguments"] += event.text
+    reason = sequence.finish_reason or ""
+    return Message(
+        content=answering.text(Kind.CONTENT),
+        reasoning_content=answering.text(Kind.THOUGHT) or None,
+        tool_calls=calls,
+        token_ids=list(sequence.answer),
+        finish_reason="tool_calls" if calls and reason == "stop" else reason,
+        usage=Usage(
+            prompt_tokens=len(sequence.request.prompt),
+            completion_tokens=sequence.answered,
+            reasoning_tokens=answering.stream.reasoning_tokens,
+            cached_tokens=sequence.cached_tokens,
+        ),
+    )

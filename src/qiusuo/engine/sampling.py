@@ -1,55 +1,123 @@
-"""How the next token is drawn from the logits."""
+"""What a request asks of its answer: how long, how bold, where it stops. How it is drawn from the
+logits is in sampler.py."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 
-import torch
-from torch import Tensor
-
-# B rows, W vocabulary.
-
-TINY = 1e-20  # a lower temperature draws the same, until logits over it overflow float32
+MOST_LOGPROBS = 20
+MOST_STOPS = 16
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature=0`` takes the likeliest token. ``top_k`` and ``top_p`` narrow what is drawn
-    from; ``seed`` makes a row's draws the same whatever else is in the batch."""
+    """``temperature=0`` takes the likeliest token. ``top_k``, ``top_p`` and ``min_p`` narrow what
+    is drawn from; ``seed`` makes an answer's draws the same whatever else is in the batch.
+
+    ``repetition_penalty`` looks at prompt and answer, ``presence_penalty`` and
+    ``frequency_penalty`` at the answer alone. ``stop`` and ``stop_ids`` end an answer besides the
+    model's own end tokens, which ``ignore_eos`` turns off. ``logprobs=k``: tell the log
+    probability of the drawn token and the k likeliest; ``prompt_logprobs`` the same of the prompt.
+
+    Raises ValueError, naming key, value and range, for what cannot be."""
 
     max_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+    _: KW_ONLY
+    min_tokens: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("min_tokens", self.min_tokens, 0)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}"
+            )
+        _number("temperature", self.temperature)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or a positive number, not {self.temperature}")
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1)
+        _number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        _whole("seed", self.seed)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed must be in 0..2**64-1, not {self.seed}")
+        _within("min_p", self.min_p, 0, 1)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _within("presence_penalty", self.presence_penalty, -2, 2)
+        _within("frequency_penalty", self.frequency_penalty, -2, 2)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
+                _within(name, getattr(self, name), 0, MOST_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        # Copies: what a request was checked for is what is drawn.
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "stop", _stops(self.stop))
+        object.__setattr__(self, "stop_ids", _ids(self.stop_ids))
 
 
-def choose(logits_BW: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """One token id per row [B]. ``uniforms``: a number in [0, 1) per row decides each draw."""
-    if sampling.temperature == 0:
-        return logits_BW.argmax(-1)
-    probs_BW = (logits_BW / max(sampling.temperature, TINY)).softmax(-1)
-    sorted_BW, ids_BW = probs_BW.sort(dim=-1, descending=True, stable=True)
-    cumulative_BW = sorted_BW.cumsum(-1)
-    # A token stays if the mass before it is still below top_p: the first always does.
-    kept_BW = cumulative_BW - sorted_BW < sampling.top_p
-    if sampling.top_k is not None:
-        kept_BW[:, sampling.top_k :] = False
-    cumulative_BW = torch.where(kept_BW, sorted_BW, 0).cumsum(-1)
-    drawn_B = uniforms_B.to(cumulative_BW) * cumulative_BW[:, -1]
-    place_B = torch.searchsorted(cumulative_BW, drawn_B[:, None], right=True).squeeze(1)
-    last_B = kept_BW.sum(-1) - 1  # rounding must not step past the kept tokens
-    return ids_BW.gather(1, torch.minimum(place_B, last_B)[:, None]).squeeze(1)
+def _whole(name: str, value: object, least: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    _number(name, value)
+    if not low <= value <= high:  # NaN is in no range
+        raise ValueError(f"{name} must be in {low}..{high}, not {value}")
+
+
+def _biases(given: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, not be {given!r}")
+    for token, bias in given.items():
+        _whole("logit_bias: a token id", token, 0)
+        _within(f"logit_bias of token {token}", bias, -100, 100)
+    return dict(given)
+
+
+def _stops(given: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"stop must be a list of texts, not {given!r}")
+    stops = tuple(given)
+    if len(stops) > MOST_STOPS:
+        raise ValueError(f"stop must hold at most {MOST_STOPS} texts, not {len(stops)}")
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise ValueError(f"stop must hold texts of at least one character, not {stop!r}")
+    return stops
+
+
+def _ids(given: Iterable[int]) -> frozenset[int]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"stop_ids must be a set of token ids, not {given!r}")
+    ids = tuple(given)
+    for token in ids:
+        _whole("stop_ids: a token id", token, 0)
+    return frozenset(ids)

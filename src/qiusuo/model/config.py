@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
-from qiusuo.model.checks import ConfigError, check_booleans, check_numbers, nearest
+from qiusuo.model.checks import (
+    MOST_LAYERS,
+    ConfigError,
+    check_booleans,
+    check_most,
+    check_numbers,
+    check_table,
+    check_token_ids,
+    nearest,
+)
 from qiusuo.model.rope_scaling import LlamaScaling, YarnScaling
 
 # Keys of published config.json files that do not change what the network computes.
@@ -42,6 +51,8 @@ class ModelConfig:
     # Keys that this family ignores beside IGNORED_KEYS, and those whose null is a value.
     OTHER_KEYS: ClassVar[frozenset[str]] = frozenset()
     NULLABLE: ClassVar[tuple[str, ...]] = ("rope_scaling", "bos_token_id", "eos_token_id")
+    # What a config.json that is silent means, for each model_type: as transformers reads it.
+    SILENT: ClassVar[dict[str, dict[str, Any]]] = {}
 
     model_type: str
     vocab_size: int
@@ -68,6 +79,9 @@ class ModelConfig:
         check_numbers(self, ("num_nextn_predict_layers",), whole=True, least=0)
         check_numbers(self, ("rms_norm_eps", "rope_theta", "initializer_range"))
         check_booleans(self, ("tie_word_embeddings",))
+        check_token_ids(self, ("bos_token_id", "eos_token_id"))
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        check_most("num_hidden_layers, with num_nextn_predict_layers,", layers, MOST_LAYERS)
         if not isinstance(self.rope_scaling, YarnScaling | LlamaScaling | None):
             raise ConfigError(f"rope_scaling must be a table, not {self.rope_scaling!r}")
 
@@ -118,9 +132,10 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         unused = sorted(set(raw) - known - IGNORED_KEYS - cls.OTHER_KEYS)
         if unused:
-            warnings.warn(f"config.json keys not used here: {', '.join(unused)}", stacklevel=3)
+            listed = ", ".join(key if key.isprintable() else repr(key) for key in unused)
+            warnings.warn(f"config.json keys not used here: {listed}", stacklevel=3)
         said = {k: v for k, v in raw.items() if k in known and (v is not None or k in cls.NULLABLE)}
-        return cls(**said)
+        return cls(**(cls.SILENT[raw["model_type"]] | said))
 
     def to_hf(self) -> dict[str, Any]:
         """The dict to write as config.json: what the family's own files say, nothing implied."""
@@ -165,6 +180,8 @@ def read_rope(raw: dict[str, Any]) -> None:
     """Fold transformers 5's ``rope_parameters`` and the older ``rope_scaling`` into ours."""
     parameters = raw.pop("rope_parameters", None)
     scaling = raw.pop("rope_scaling", None)
+    check_table("rope_parameters", parameters)
+    check_table("rope_scaling", scaling)
     if parameters is not None:
         raw["rope_theta"] = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
         scaling = scaling or parameters
@@ -178,7 +195,7 @@ def read_scaling(
     kind = table.get("rope_type", table.get("type", "yarn"))
     if kind == "default":
         return None
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ConfigError(
             f"rope_scaling type {kind!r} is not supported; expected {' or '.join(_SCALINGS)}"
         )

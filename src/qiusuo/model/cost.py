@@ -6,16 +6,17 @@ Everything is counted on a model built on the meta device, which has shapes and 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from qiusuo.model.checks import ConfigError
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.deepseek_config import DeepseekConfig
+from qiusuo.model.names import layer_of
 from qiusuo.model.transformer import Transformer
 
+ROUTER_BIAS = "e_score_correction_bias"  # float32 whatever the weights are
 BYTES_PER_WEIGHT = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -59,17 +60,38 @@ class Cost:
         return 3.0 * self.forward_flops(sequence_length / 2, mtp=True)
 
 
+def meta_model(config: ModelConfig) -> Transformer:
+    """The model with shapes and without storage. ConfigError where a tensor would have more
+    numbers than can be counted."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"no model can have the sizes of this config: {reason}") from error
+
+
+def needed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of the weights as ``load_model`` holds them: router biases in float32, a tied head
+    not again."""
+    total = 0
+    for name, shape in meta_model(config).state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            kind = torch.float32 if name.endswith(ROUTER_BIAS) else dtype
+            total += shape.numel() * kind.itemsize
+    return total
+
+
 def measure(config: ModelConfig) -> Cost:
     """Count a model. Exact for every config that ModelConfig accepts."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = meta_model(config)
     total = {False: 0, True: 0}  # by whether in an MTP layer
     used = {False: 0, True: 0}
     matmul = {False: 0, True: 0}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        mtp = _layer(name) >= config.num_hidden_layers
+        mtp = layer_of(name) >= config.num_hidden_layers
         count = tensor.numel()
         total[mtp] += count
         if ".experts." in name and isinstance(config, DeepseekConfig):
@@ -99,16 +121,3 @@ def measure(config: ModelConfig) -> Cost:
     )
 
 
-def available_memory() -> int:
-    """Bytes of main memory a new process can still use on this machine."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _layer(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else -1

@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from qiusuo.model.checks import ConfigError, check_booleans, check_numbers
+from qiusuo.model.checks import (
+    MOST_EXPERTS,
+    ConfigError,
+    check_booleans,
+    check_most,
+    check_numbers,
+)
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.rope_scaling import LlamaScaling, YarnScaling
 
@@ -42,6 +48,11 @@ class DeepseekConfig(ModelConfig):
         qk_head_dim seq_aux""".split()
     )
     NULLABLE: ClassVar[tuple[str, ...]] = (*ModelConfig.NULLABLE, "q_lora_rank")
+    SILENT: ClassVar[dict[str, dict[str, Any]]] = {
+        "deepseek_v3": {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1},
+        # DeepSeek's class and transformers' disagree about the tokens of V2.
+        "deepseek_v2": {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None},
+    }
 
     model_type: str = "deepseek_v3"
     vocab_size: int = 129280
@@ -71,6 +82,7 @@ class DeepseekConfig(ModelConfig):
             first_k_dense_replace"""
         check_numbers(self, sizes.split(), whole=True)
         check_numbers(self, counts.split(), whole=True, least=0)
+        check_most("n_routed_experts", self.n_routed_experts, MOST_EXPERTS)
         check_numbers(self, ("routed_scaling_factor",))
         check_booleans(self, ("norm_topk_prob",))
         if self.q_lora_rank is not None:
@@ -127,8 +139,8 @@ class DeepseekConfig(ModelConfig):
         if "num_mtp_layers" in raw:
             raw.setdefault("num_nextn_predict_layers", raw.pop("num_mtp_layers"))
         for key, none in _NONE_MEANS.items():
-            if key in raw:
-                raw[key] = raw[key] or none
+            if key in raw and raw[key] in (None, 0):
+                raw[key] = none
         if raw["model_type"] == "deepseek_v2":
             raw = _V2_DEFAULTS | raw
         return super().from_hf(raw)

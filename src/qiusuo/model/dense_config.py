@@ -28,6 +28,11 @@ class DenseConfig(ModelConfig):
         "use_sliding_window": (False, None),
     }
     OTHER_KEYS: ClassVar[frozenset[str]] = frozenset(("attention_bias", "sliding_window"))
+    # The ends that transformers assumes belong to Llama 1: no end is better than a wrong one.
+    SILENT: ClassVar[dict[str, dict[str, Any]]] = {
+        "qwen2": {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None},
+        "llama": {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None},
+    }
 
     model_type: str = "llama"
     num_key_value_heads: int = 0

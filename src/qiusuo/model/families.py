@@ -43,7 +43,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not there: expected a Hugging Face config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}")
@@ -51,7 +51,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
 
 
 def _family(model_type: Any, place: str) -> type[ModelConfig]:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"{place}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}; "
             "models of other architectures cannot be run here"

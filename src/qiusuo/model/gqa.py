@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qiusuo.kernels.attention import attention, shared_key_attention
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.groups import Group, cut
+from qiusuo.model.layers import Linear
 from qiusuo.model.rope import rotate_halves
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H query heads, K key-value heads,
@@ -28,10 +29,10 @@ class GroupedQueryAttention(nn.Module):
         self.width = config.head_dim
         self.scale = config.softmax_scale
         shared_width, bias = self.shared_heads * self.width, config.query_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, shared_width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, shared_width, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.width, bias=bias)
+        self.k_proj = Linear(config.hidden_size, shared_width, bias=bias)
+        self.v_proj = Linear(config.hidden_size, shared_width, bias=bias)
+        self.o_proj = Linear(self.heads * self.width, config.hidden_size, bias=False)
 
     def forward(
         self, x_BTD: Tensor, turns_BTP: Tensor, groups: Sequence[Group], layer: int

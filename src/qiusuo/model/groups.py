@@ -60,9 +60,9 @@ class Whole:
 
 
 def cut(groups: Sequence[Group], *tensors: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
-    """Each group with its share [B, T, ...] of tensors [1, N, ...] (views). A single group has all
-    of them as they are."""
-    if len(groups) == 1:
+    """Each group with its share [B, T, ...] of tensors [1, N, ...], as views. Tensors that have
+    the shape of a single group already stay as they are."""
+    if len(groups) == 1 and tensors[0].shape[0] == groups[0].batch:
         yield groups[0], list(tensors)
         return
     start = 0

@@ -1,4 +1,4 @@
-"""The small parts every block is made of: RMSNorm and the SwiGLU network."""
+"""The small parts every block is made of: RMSNorm, projections and the SwiGLU network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qiusuo.kernels.linear import linear
 from qiusuo.kernels.norm import rms_norm
 
 # B batch, T tokens, D hidden, F intermediate.
@@ -21,14 +22,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x_BTD, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202): down(silu(gate x) · up x), without biases."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qiusuo.kernels.attention import attention, shared_key_attention
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
-from qiusuo.model.layers import RMSNorm
+from qiusuo.model.layers import Linear, RMSNorm
 from qiusuo.model.rope import rotate_pairs
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
@@ -40,15 +40,16 @@ class MultiHeadLatentAttention(nn.Module):
         query_width = self.heads * config.qk_head_dim
         self.low_rank_query = config.q_lora_rank is not None
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+            self.q_proj = Linear(config.hidden_size, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.cache_width, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.cache_width, bias=False)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=False)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(self.heads * self.value, config.hidden_size, bias=False)
+        self.absorbed: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, x_BTD: Tensor, turns_BTP: Tensor, groups: Sequence[Group], layer: int
@@ -104,13 +105,29 @@ class MultiHeadLatentAttention(nn.Module):
         mask_BTS: Tensor | None,
     ) -> Tensor:
         """All heads look at the same keys [latent; rope] and the same values [latent]."""
-        to_key_HNC, to_value_HVC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
-            (self.nope, self.value), dim=1
-        )
-        q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, to_key_HNC)
+        to_key_HNC, to_value_HCV = self.absorbed or self._halves()
+        q_latent_BTHC = _per_head(q_nope_BTHN, to_key_HNC)
         q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
         k_BSE = seen.joined_BSZ
         if k_BSE is None:
             k_BSE = torch.cat((seen.first_BSX, seen.second_BSY), -1)
         out_BTHC = shared_key_attention(q_BTHE, k_BSE, seen.first_BSX, self.scale, mask_BTS)
-        return torch.einsum("bthc,hvc->bthv", out_BTHC, to_value_HVC)
+        return _per_head(out_BTHC, to_value_HCV)
+
+    def absorb(self) -> None:
+        """Keep every head's two matrices laid out for the absorbed form. To be called again when
+        the weights have changed; without it they are views, which each product copies."""
+        to_key_HNC, to_value_HCV = self._halves()
+        self.absorbed = to_key_HNC.detach().contiguous(), to_value_HCV.detach().contiguous()
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        to_key_HNC, to_value_HVC = kv_b_HXC.split((self.nope, self.value), dim=1)
+        return to_key_HNC, to_value_HVC.transpose(1, 2)
+
+
+def _per_head(x_BTHI: Tensor, matrix_HIO: Tensor) -> Tensor:
+    """Every head's rows times its own matrix: [B, T, H, O]."""
+    batch = x_BTHI.shape[0]
+    out_HXO = torch.bmm(x_BTHI.flatten(0, 1).transpose(0, 1), matrix_HIO)
+    return out_HXO.transpose(0, 1).unflatten(0, (batch, -1))

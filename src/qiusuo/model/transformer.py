@@ -17,7 +17,7 @@ from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.gqa import GroupedQueryAttention
 from qiusuo.model.groups import Group, Whole
-from qiusuo.model.layers import MLP, RMSNorm
+from qiusuo.model.layers import MLP, Linear, RMSNorm
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import MoE, Router, Routing
 from qiusuo.model.rope import rotations
@@ -92,7 +92,7 @@ class MTPBlock(Block):
         super().__init__(config, layer)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
     def predict(
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -1,0 +1,124 @@
+"""Guessing the next tokens cheaply, so that one pass of the model can confirm several.
+
+A drafter looks at every pass and leaves its guesses at the sequences (``Sequence.drafts``). Three
+ways to guess: the model's own multi-token prediction module, a small model of the same vocabulary,
+or what followed the same words earlier in the text. How many tokens to guess is pacing.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qiusuo.engine.pacing import Pace
+from qiusuo.engine.request import Sequence
+from qiusuo.engine.scheduler import Work
+from qiusuo.model.moe import Routing
+
+# N tokens of a pass, D hidden, L MoE layers, K experts a token.
+
+
+@dataclass
+class Pass:
+    """A pass that was made: the work in the order of its tokens, how much of each sequence the
+    cache held before, the row of its first token, what came out, and how long it took."""
+
+    plan: list[Work]
+    lengths: list[int]
+    starts: list[int]
+    hidden_ND: Tensor
+    routings: dict[int, Routing]
+    seconds: float = 0.0
+
+    def last_row(self, place: int) -> int:
+        """The row of the last known token of a piece of work: drafts follow."""
+        return self.starts[place] + self.plan[place].count - 1
+
+    def width(self, place: int) -> int:
+        """Rows from there on that want logits."""
+        return 1 + len(self.plan[place].drafts)
+
+    def kept(self, place: int) -> int:
+        """Rows of a piece of work that were right: all known tokens, and the drafts accepted."""
+        return self.plan[place].sequence.length - self.lengths[place]
+
+    def experts(self, start: int, stop: int) -> Tensor:
+        """The choices [tokens, L, K] of the routers for these rows."""
+        chosen = [self.routings[layer].indices_MK[start:stop] for layer in sorted(self.routings)]
+        return torch.stack(chosen, dim=1).to(torch.int16)
+
+
+class Drafter(Protocol):
+    def observe(self, done: Pass) -> None:
+        """Look at a pass after its tokens were drawn, and leave drafts for the next."""
+        ...
+
+
+class NoDrafter:
+    def observe(self, done: Pass) -> None:
+        return
+
+
+def drafting(done: Pass) -> list[Sequence]:
+    """The sequences of a pass that may go on with drafts."""
+    return [
+        work.sequence
+        for work in done.plan
+        if work.sequence.finish_reason is None
+        and work.sequence.pending == 1
+        and work.sequence.matcher is None  # a constraint is asked token by token
+        and not work.sequence.forced
+    ]
+
+
+@dataclass
+class Paced:
+    """What drafters have in common: the pace, and learning it from passes of answers alone."""
+
+    pace: Pace
+    wanted: int = field(default=0, init=False)  # tokens of the last guess
+    guessing: float = field(default=0.0, init=False)  # seconds that it took
+
+    def observe(self, done: Pass) -> None:
+        began = time.perf_counter()
+        self._learn(done)
+        sequences = drafting(done)
+        self.wanted = self.pace.length(len(sequences)) if sequences else 0
+        self.guess(done, sequences, self.wanted)
+        for sequence in sequences:  # no further than the answer may go
+            sequence.drafts = sequence.drafts[: max(0, sequence.room - sequence.answered - 1)]
+        self.guessing = time.perf_counter() - began
+
+    def guess(self, done: Pass, sequences: list[Sequence], length: int) -> None:
+        raise NotImplementedError
+
+    def _learn(self, done: Pass) -> None:
+        """By the length that was wanted: that there is often less to guess is part of its worth."""
+        if all(work.count == 1 for work in done.plan):
+            tokens = sum(max(1, done.kept(p)) for p in range(len(done.plan))) / len(done.plan)
+            self.pace.learn(len(done.plan), self.wanted, tokens, done.seconds, self.guessing)
+
+
+class NgramDrafter(Paced):
+    """Prompt lookup: where the last few tokens have stood before, what followed them there is the
+    guess. Costs nothing; pays where an answer repeats its prompt (code, quotations, extraction)."""
+
+    def __init__(self, most: int = 4, longest: int = 3) -> None:
+        super().__init__(Pace(most))
+        self.longest = longest
+
+    def guess(self, done: Pass, sequences: list[Sequence], length: int) -> None:
+        for sequence in sequences:
+            sequence.drafts = self._follow(sequence.tokens, length) if length else []
+
+    def _follow(self, tokens: list[int], most: int) -> list[int]:
+        for size in range(self.longest, 0, -1):
+            tail = tokens[-size:]
+            for start in range(len(tokens) - size - 1, -1, -1):
+                if tokens[start : start + size] == tail:
+                    return tokens[start + size : start + size + most]
+        return []

@@ -1,0 +1,56 @@
+"""From what a person names to a model that answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qiusuo.checkpoint.files import CheckpointError
+from qiusuo.checkpoint.inventory import check_tokenizer
+from qiusuo.checkpoint.load import load_model
+from qiusuo.checkpoint.open import open_checkpoint
+from qiusuo.checkpoint.stored import Progress
+from qiusuo.engine.core import Limits
+from qiusuo.engine.language_model import LanguageModel
+
+
+def load(
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    limits: Limits | None = None,
+    draft: str = "auto",
+) -> LanguageModel:
+    """Load a model: a folder in Hugging Face layout, a .gguf file, a run folder (its finished
+    model), or a name that was pulled.
+
+    ``dtype``: "float32", "bfloat16", "float16", or None for the type the weights were saved in
+    (bfloat16 for FP8 and quantised ones). CheckpointError for what is not there, does not fit
+    together or needs more memory than is free.
+    """
+    _check_device(device)
+    wanted = _dtype(dtype)
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.read_tokenizer()
+    check_tokenizer(checkpoint, tokenizer)
+    model = load_model(checkpoint, dtype=wanted, device=device, progress=progress)
+    return LanguageModel(model, tokenizer, limits, draft)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"device {str(device)!r} cannot be used: {reason}") from error

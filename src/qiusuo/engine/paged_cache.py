@@ -1,0 +1,119 @@
+"""The storage behind the pages, and the groups of a pass that stand on it.
+
+MLA needs one row per token and layer, [latent; rope key], never expanded keys and values; the dense
+models keep the keys and values of their shared heads. Layers count the MTP modules' too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qiusuo.model.config import ModelConfig
+from qiusuo.model.groups import Seen
+
+# L layers, p pages, s tokens of a page, Z numbers of a token and layer,
+# B sequences, T new tokens of each, S tokens that can be seen.
+
+PAGE_TOKENS = 32
+
+
+class Kept(Protocol):
+    """A sequence as the cache sees it: its pages, and how many of its tokens they hold."""
+
+    @property
+    def pages(self) -> list[int]: ...
+    @property
+    def length(self) -> int: ...
+
+
+class PagedCache:
+    def __init__(
+        self,
+        config: ModelConfig,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_tokens: int = PAGE_TOKENS,
+    ) -> None:
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        self.page_tokens, self.first_width = page_tokens, config.cache_parts[0]
+        shape = (layers, pages, page_tokens, config.cache_width)
+        self.entries_LpsZ = torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def page_bytes(config: ModelConfig, dtype: torch.dtype, page_tokens: int = PAGE_TOKENS) -> int:
+        """Bytes of one page over all layers."""
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        return layers * page_tokens * config.cache_width * dtype.itemsize
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.entries_LpsZ[:, target] = self.entries_LpsZ[:, source]
+
+    def clear_pages(self, pages: list[int]) -> None:
+        """What no one may look at is multiplied by 0 all the same, and 0 times NaN is NaN."""
+        for page in pages:
+            self.entries_LpsZ[:, page] = 0
+
+    def group(self, sequences: Sequence[Kept], tokens: int, absorbed: bool) -> PagedGroup:
+        """Sequences with ``tokens`` new ones each, for which there is room in their pages."""
+        return PagedGroup(self, sequences, tokens, absorbed)
+
+
+@dataclass
+class PagedGroup:
+    """A ``model.groups.Group`` on pages. Where everything stands is found once and holds for all
+    layers. A lone sequence whose pages lie side by side is looked at where it is; others are
+    gathered."""
+
+    cache: PagedCache
+    sequences: Sequence[Kept]
+    tokens: int
+    absorbed: bool
+    mask_BTS: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        size, device = self.cache.page_tokens, self.cache.entries_LpsZ.device
+        lengths = [sequence.length for sequence in self.sequences]
+        self.seen = max(lengths) + self.tokens
+        needed = self.cache.pages_for(self.seen)
+        tables = [sequence.pages[:needed] for sequence in self.sequences]
+        padded = [table + [table[0]] * (needed - len(table)) for table in tables]
+        pages_Bp = torch.tensor(padded, device=device)
+        place_BT = torch.tensor(lengths, device=device)[:, None] + torch.arange(
+            self.tokens, device=device
+        )
+        page_BT = pages_Bp.gather(1, place_BT // size)
+        self.slots_N = (page_BT * size + place_BT % size).flatten()
+        self.pages_P = pages_Bp.flatten()
+        self.first_page: int | None = None
+        if self.batch == 1:
+            first = tables[0][0]
+            if tables[0] == list(range(first, first + needed)):
+                self.first_page = first
+        else:
+            place_S = torch.arange(self.seen, device=device)
+            self.mask_BTS = place_S <= place_BT[..., None]
+
+    @property
+    def batch(self) -> int:
+        return len(self.sequences)
+
+    def extend(self, layer: int, first_BTX: Tensor, second_BTY: Tensor) -> Seen:
+        entries_psZ = self.cache.entries_LpsZ[layer]
+        new_NZ = torch.cat((first_BTX, second_BTY), dim=-1).flatten(0, 1)
+        entries_psZ.flatten(0, 1).index_copy_(0, self.slots_N, new_NZ.to(entries_psZ.dtype))
+        if self.first_page is not None:
+            seen_BSZ = entries_psZ[self.first_page :].flatten(0, 1)[None, : self.seen]
+        else:
+            seen_psZ = entries_psZ.index_select(0, self.pages_P)
+            seen_BSZ = seen_psZ.view(self.batch, -1, seen_psZ.shape[-1])[:, : self.seen]
+        width = self.cache.first_width
+        return Seen(seen_BSZ[..., :width], seen_BSZ[..., width:], seen_BSZ)

@@ -1,0 +1,104 @@
+"""What is asked of the engine, and how far each answer has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from qiusuo.engine.sampler import Drawn
+from qiusuo.engine.sampling import Sampling
+from qiusuo.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from qiusuo.engine.constraint import Matcher
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message says which part and what would do."""
+
+
+def check_tokens(config: ModelConfig, tokens: SequenceOf[int], what: str = "token_ids") -> None:
+    """RequestError for no tokens, more than the context holds, or one outside the vocabulary."""
+    if not tokens:
+        raise RequestError(f"{what} is empty: give at least one token")
+    limit, vocabulary = config.max_position_embeddings, config.vocab_size
+    if len(tokens) > limit:
+        raise RequestError(f"{what} has {len(tokens)} tokens; the context holds {limit}")
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise RequestError(f"{what}: token id {token} is outside 0..{vocabulary - 1}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """``end_ids`` end an answer and are its last token. ``n`` answers; their draws are told apart
+    by numbers from ``first_choice`` on. ``priority``: higher goes first.
+    ``deadline``: of ``time.monotonic()``. Requests share beginnings within a ``namespace`` only.
+    ``keep_experts``: return the router's choices for every token."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    end_ids: frozenset[int] = frozenset()
+    n: int = 1
+    first_choice: int = 0
+    priority: int = 0
+    deadline: float | None = None
+    namespace: str = ""
+    keep_experts: bool = False
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether the whole prompt must be computed, and no beginning taken from the cache."""
+        return self.keep_experts or self.sampling.prompt_logprobs is not None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making. ``tokens``: prompt and answer; ``length`` of them are in the cache.
+
+    ``finish_reason``: None while it goes on; "stop" at an end token or a stop string, "length" at
+    a limit, "cancelled", "deadline", or "error" with the reason in ``error``."""
+
+    request: Request
+    choice: int
+    room: int  # tokens the answer may have
+    arrival: int
+    tokens: list[int]
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    outdated: bool = False  # what the cache holds of it was made by other weights
+    keys: list[bytes] = field(default_factory=list)  # of its full pages
+    drawn: list[Drawn] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the weights, for each answer token
+    prompt_drawn: list[Drawn] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)  # [tokens, MoE layers, K] of each pass
+    cached_tokens: int = 0  # of the prompt, found in the cache when it was first admitted
+    finish_reason: str | None = None
+    error: str | None = None
+    siblings: list[Sequence] = field(default_factory=list)  # wait for this one's prompt
+    matcher: Matcher | None = None
+    forced: list[int] = field(default_factory=list)  # tokens to come next, whatever is likely
+    drafts: list[int] = field(default_factory=list)
+    on_token: Callable[[Sequence, Drawn], str | None] | None = None  # gives a reason to finish
+
+    @property
+    def answer(self) -> SequenceOf[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def answered(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that are not in the cache yet; 1 while it is decoding."""
+        return len(self.tokens) - self.length
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Who goes first, and is preempted last."""
+        return -self.request.priority, self.arrival, self.choice

@@ -1,0 +1,160 @@
+"""Who computes what in the next pass.
+
+A pass has room for so many tokens. Every answer that is being written gets one (and its drafts);
+what is left goes to prompts, in chunks, so that a long prompt never stops the answers of others.
+When pages run out, the last in rank gives its own back and waits; the pages it had filled stay
+findable as long as no one needs their place, so it mostly goes on from where it stood. The first
+in rank is never preempted and always fits, so everything ends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from qiusuo.engine.paged_cache import PagedCache
+from qiusuo.engine.pages import PagePool, first_key, next_key
+from qiusuo.engine.request import Sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """``count`` known tokens of a sequence from its ``length`` on, and then its drafts."""
+
+    sequence: Sequence
+    count: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        start = self.sequence.length
+        return [*self.sequence.tokens[start : start + self.count], *self.drafts]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it reaches the end of what is known, so that a token is to be drawn."""
+        return self.count == self.sequence.pending
+
+
+class Scheduler:
+    def __init__(
+        self, cache: PagedCache, pool: PagePool, step_tokens: int, max_running: int
+    ) -> None:
+        self.cache, self.pool = cache, pool
+        self.step_tokens, self.max_running = step_tokens, max_running
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.preempted = self.found = 0  # times, and tokens in the cache, so far
+
+    def plan(self) -> list[Work]:
+        """Work for the next pass; admits, preempts, and gives every sequence in it its pages."""
+        self.running.sort(key=lambda sequence: sequence.rank)
+        decoding = sum(1 + len(s.drafts) for s in self.running if s.pending == 1)
+        budget = max(self.step_tokens - decoding, self.cache.page_tokens)
+        plan: list[Work] = []
+        for sequence in list(self.running):
+            if sequence not in self.running:  # preempted by one before it
+                continue
+            work = Work(sequence, 1, tuple(sequence.drafts))
+            if sequence.pending > 1:
+                work = Work(sequence, min(sequence.pending, budget))
+                budget -= work.count
+            if work.count and self._make_room(sequence, len(work.tokens)):
+                plan.append(work)
+        while budget > 0 and (new := self._admit()) is not None:
+            work = Work(new, min(new.pending, budget))
+            budget -= work.count
+            if self._make_room(new, work.count):
+                plan.append(work)
+        return plan
+
+    def _admit(self) -> Sequence | None:
+        """The next to begin: by priority, then from the namespace that has least running."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return None
+        busy = Counter(sequence.request.namespace for sequence in self.running)
+        chosen = min(
+            self.waiting,
+            key=lambda s: (-s.request.priority, busy[s.request.namespace], s.arrival, s.choice),
+        )
+        self._find_prefix(chosen)
+        missing = self.cache.pages_for(len(chosen.tokens) + 1) - len(chosen.pages)
+        if missing > self.pool.available:
+            self.drop_pages(chosen)
+            return None
+        self.found += chosen.length
+        self.waiting.remove(chosen)
+        self.running.append(chosen)
+        return chosen
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        """Take over the pages that hold the beginning already; one token at least is computed."""
+        if sequence.request.needs_every_token:
+            return
+        size = self.cache.page_tokens
+        for place in range((len(sequence.tokens) - 1) // size):
+            page = self.pool.find(self._key(sequence, place))
+            if page is None:
+                break
+            sequence.pages.append(page)
+        sequence.length = len(sequence.pages) * size
+        if not sequence.answered:
+            sequence.cached_tokens = sequence.length
+
+    def _key(self, sequence: Sequence, place: int) -> bytes:
+        """The key of a full page of this sequence."""
+        size = self.cache.page_tokens
+        while len(sequence.keys) <= place:
+            start = len(sequence.keys) * size
+            before = sequence.keys[-1] if start else first_key(sequence.request.namespace)
+            sequence.keys.append(next_key(before, sequence.tokens[start : start + size]))
+        return sequence.keys[place]
+
+    def publish(self, sequence: Sequence, since: int) -> None:
+        """Let others find the pages that were filled since the cache held ``since`` tokens."""
+        if sequence.outdated:
+            return
+        size = self.cache.page_tokens
+        for place in range(since // size, sequence.length // size):
+            self.pool.publish(sequence.pages[place], self._key(sequence, place))
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Pages for ``count`` more tokens; False if only others of higher rank could give them."""
+        place, size = sequence.length // self.cache.page_tokens, self.cache.page_tokens
+        missing = max(0, self.cache.pages_for(sequence.length + count) - len(sequence.pages))
+        # A page that a fork has in common is copied before one of them writes on.
+        copied = sequence.length % size > 0 and self.pool.shared(sequence.pages[place])
+        while missing + copied > self.pool.available:
+            victim = max(self.running, key=lambda s: s.rank)
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+            copied = copied and self.pool.shared(sequence.pages[place])
+        if copied:
+            (page,) = self.pool.take(1)
+            self.cache.copy_page(sequence.pages[place], page)
+            self.pool.release([sequence.pages[place]])
+            sequence.pages[place] = page
+        new = self.pool.take(missing)
+        self.cache.clear_pages(new)
+        sequence.pages += new
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Give back its pages; it waits, and its tokens so far are a prompt when it goes on."""
+        self.preempted += 1
+        self.drop_pages(sequence)
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It is finished, wherever it was."""
+        self.drop_pages(sequence)
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+
+    def drop_pages(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.length, sequence.drafts = [], 0, []
+        sequence.outdated = False
