@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qiusuo.kernels import attention as room
-from qiusuo.kernels.attention import attention, attention_reference, causal_mask
+from qiusuo.kernels.attention import (
+    attention,
+    attention_by_tiles,
+    attention_reference,
+    causal_mask,
+)
 from tests.kernels.gradients import assert_all_close, normal, value_and_grads
 
 # B batch, H heads, T queries, S keys, E query/key width, V value width.
@@ -129,3 +134,51 @@ def test_bfloat16_is_close(longest, monkeypatch):
 def test_causal_mask_puts_the_last_query_on_the_last_key():
     mask = causal_mask(2, 4, torch.device("cpu"))
     assert mask.tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+# -- tile by tile -------------------------------------------------------------------------------
+
+
+def tiles_of(k: Tensor, v: Tensor, mask_BTS: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+    return [
+        (k[:, :, a : a + size], v[:, :, a : a + size], mask_BTS[..., a : a + size])
+        for a in range(0, k.shape[-2], size)
+    ]
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(0, 70),
+    st.sampled_from([(8, 8), (24, 10), (10, 24)]),
+    st.integers(1, 50),
+)
+@settings(max_examples=40)
+@torch.no_grad()
+def test_tiles_join_to_the_equation(batch, heads, queries, before, widths, size):
+    q, k, v = qkv(batch, heads, queries, before + queries, *widths)
+    mask_BTS = causal_mask(queries, before + queries, q.device).expand(batch, -1, -1)
+    got = attention_by_tiles(q, tiles_of(k, v, mask_BTS, size), 0.37)
+    torch.testing.assert_close(got, attention_reference(q, k, v, 0.37), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(24, 10), (10, 24)])
+@torch.no_grad()
+def test_queries_that_see_nothing_of_a_tile(widths):
+    """Documents: the later ones see nothing of the first tiles, the first nothing of the last."""
+    q, k, v = qkv(2, 3, 60, 60, *widths)
+    mask_BTS = documents([25, 20, 15], batch=2)
+    got = attention_by_tiles(q, tiles_of(k, v, mask_BTS, 10), 0.37)
+    expected = attention_reference(q, k, v, 0.37, mask_BTS)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tiles_with_large_scores_stay_finite():
+    q, k, v = qkv(1, 2, 30, 90, 16, 8)
+    mask_BTS = causal_mask(30, 90, q.device)[None]
+    for factor in (30.0, 1e-6):
+        got = attention_by_tiles(q * factor, tiles_of(k, v, mask_BTS, 32), 1.0)
+        expected = attention_reference(q * factor, k, v, 1.0)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)

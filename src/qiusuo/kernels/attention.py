@@ -10,6 +10,7 @@ long as no explicit mask is given.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # B batch, H heads, N = B*H, X = T*H, T queries, S keys, E query/key width, V value width.
 
+_NOTHING = -1e30  # the logarithm of next to nothing
 QUERY_BLOCK = 128
 LONGEST_PLAIN = 1024
 
@@ -54,6 +56,59 @@ def attention(
             )
         )
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+def attention_by_tiles(
+    q_BHTE: Tensor, tiles: Iterable[tuple[Tensor, Tensor, Tensor | None]], scale: float
+) -> Tensor:
+    """Attention [B, H, T, V] over keys and values that come a tile at a time, each as (k, v, mask):
+    true where a query may look, None for everywhere. Only one tile is ever in memory.
+
+    Each tile gives its own softmax's result and the logarithm of its sum; two tiles are joined by
+    weighing their results with these sums (online softmax; FlashAttention, arXiv:2205.14135 §3.1).
+    Without gradients. A query may see nothing of a tile; of all tiles nothing: zeros."""
+    joined: tuple[Tensor, Tensor] | None = None
+    for k_BHsE, v_BHsV, mask_BTs in tiles:
+        out_BHTV, sum_BHT1 = _tile(q_BHTE, k_BHsE, v_BHsV, scale, mask_BTs)
+        if joined is not None:
+            before_BHTV, before_BHT1 = joined
+            both_BHT1 = torch.logaddexp(before_BHT1, sum_BHT1)
+            before_BHTV *= (before_BHT1 - both_BHT1).exp()
+            out_BHTV = before_BHTV.add_(out_BHTV * (sum_BHT1 - both_BHT1).exp())
+            sum_BHT1 = both_BHT1
+        joined = out_BHTV, sum_BHT1
+    assert joined is not None
+    return joined[0].to(q_BHTE.dtype)
+
+
+def _tile(
+    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(result [B, H, T, V], log of the softmax's sum [B, H, T, 1]) in float32."""
+    if q_BHTE.device.type != "cpu" or v_BHSV.shape[-1] > q_BHTE.shape[-1]:
+        scores_BHTS = (q_BHTE @ k_BHSE.transpose(-1, -2)).float() * scale
+        if mask_BTS is not None:
+            scores_BHTS = scores_BHTS.masked_fill(~mask_BTS[:, None], -math.inf)
+        sum_BHT1 = scores_BHTS.logsumexp(-1, keepdim=True).clamp_min(_NOTHING)
+        weights_BHTS = (scores_BHTS - sum_BHT1).exp().to(v_BHSV.dtype)
+        return (weights_BHTS @ v_BHSV).float(), sum_BHT1
+    width = v_BHSV.shape[-1]
+    added_BTS = None
+    if mask_BTS is not None:
+        zeros_BTS = torch.zeros_like(mask_BTS, dtype=q_BHTE.dtype)
+        added_BTS = zeros_BTS.masked_fill_(~mask_BTS, -math.inf)[:, None]
+    # The kernel behind scaled_dot_product_attention, asked for its sums too; widths must be equal.
+    out_BHTE, sum_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BHTE,
+        k_BHSE,
+        F.pad(v_BHSV, (0, q_BHTE.shape[-1] - width)),
+        attn_mask=added_BTS,
+        scale=scale,
+    )
+    sum_BHT1 = sum_BHT[..., None]
+    if mask_BTS is not None:  # a query that sees nothing gets result and sum of zero
+        sum_BHT1 = sum_BHT1.masked_fill(~mask_BTS.any(-1)[:, None, :, None], _NOTHING)
+    return out_BHTE[..., :width].float(), sum_BHT1
 
 
 def shared_key_attention(

@@ -13,12 +13,17 @@ the same attention:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from qiusuo.kernels.attention import attention, shared_key_attention
+from qiusuo.kernels.attention import (
+    attention,
+    attention_by_tiles,
+    causal_mask,
+    shared_key_attention,
+)
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
 from qiusuo.model.layers import Linear, RMSNorm
@@ -27,6 +32,7 @@ from qiusuo.model.rope import rotate_pairs
 # B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
 # N nope width, R rope width, C latent width (kv_lora_rank), V value width, P = R/2.
 
+TILE = 512  # keys expanded at a time where no gradient is wanted
 LATENT_NORM_EPS = 1e-6  # released code fixes it for these two norms, whatever the config says
 
 
@@ -88,14 +94,38 @@ class MultiHeadLatentAttention(nn.Module):
         seen: Seen,
         mask_BTS: Tensor | None,
     ) -> Tensor:
-        latent_BSC, k_rope_BSR, _ = seen
+        q_BHTE = torch.cat((q_nope_BTHN, q_rope_BTHR), -1).transpose(1, 2)
+        if torch.is_grad_enabled() or seen.first_BSX.shape[1] <= TILE:
+            k_BHSE, v_BHSV = self._expand(seen.first_BSX, seen.second_BSY)
+            out_BHTV = attention(q_BHTE, k_BHSE, v_BHSV, self.scale, mask_BTS)
+        else:
+            tiles = self._tiles(seen, q_BHTE.shape[-2], mask_BTS)
+            out_BHTV = attention_by_tiles(q_BHTE, tiles, self.scale)
+        return out_BHTV.transpose(1, 2)
+
+    def _expand(self, latent_BSC: Tensor, k_rope_BSR: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's keys [B, H, S, N+R] and values [B, H, S, V]."""
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, -1))
         k_nope_BSHN, v_BSHV = kv_BSHX.split((self.nope, self.value), dim=-1)
         k_rope_BSHR = k_rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
-        q_BHTE = torch.cat((q_nope_BTHN, q_rope_BTHR), -1).transpose(1, 2)
         k_BHSE = torch.cat((k_nope_BSHN, k_rope_BSHR), -1).transpose(1, 2)
-        v_BHSV = v_BSHV.transpose(1, 2)
-        return attention(q_BHTE, k_BHSE, v_BHSV, self.scale, mask_BTS).transpose(1, 2)
+        return k_BHSE, v_BSHV.transpose(1, 2)
+
+    def _tiles(
+        self, seen: Seen, queries: int, mask_BTS: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Keys and values a tile at a time: expanded, all of a long context would not fit."""
+        latent_BSC, k_rope_BSR, _ = seen
+        keys = latent_BSC.shape[1]
+        for start in range(0, keys, TILE):
+            stop = min(start + TILE, keys)
+            if mask_BTS is not None:
+                mask_BTs = mask_BTS[..., start:stop]
+            elif stop <= keys - queries + 1:  # before every query
+                mask_BTs = None
+            else:
+                mask_BTs = causal_mask(queries, keys, latent_BSC.device)[None, :, start:stop]
+            yield (*self._expand(latent_BSC[:, start:stop], k_rope_BSR[:, start:stop]), mask_BTs)
 
     def attend_absorbed(
         self,
