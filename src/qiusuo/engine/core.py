@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qiusuo.engine.drafting import Drafter, NoDrafter, Pass
-from qiusuo.engine.paged_cache import PAGE_TOKENS, PagedCache
+from qiusuo.engine.paged_cache import PAGE_TOKENS, PagedCache, PagedGroup
 from qiusuo.engine.pages import PagePool
 from qiusuo.engine.request import Request, RequestError, Sequence, check_tokens
 from qiusuo.engine.sampler import BadLogits, Drawn, Row, draw, token_logprobs
@@ -36,6 +36,7 @@ STEP_TOKENS = 256
 MAX_RUNNING = 64
 Drawing = tuple[Sequence, int, tuple[int, ...]]  # who draws, from which row, its drafts from there
 CACHE_SHARE = 0.3  # of the free memory, where no one says how much
+FIXED_ROWS = 16
 FEW_SHARED = 16  # queries for which a dense model's heads are rows of one product
 
 
@@ -58,7 +59,9 @@ class Statistics:
 @dataclass
 class Limits:
     """``cache_bytes``: None takes a share of what is free. ``absorbed_below``: up to how many new
-    tokens a sequence attends in the form for few queries; None: by the arithmetic of both."""
+    tokens a sequence attends in the form for few queries; None: by the arithmetic of both.
+    ``batch_invariant``: the same bits for a token whatever runs beside it and however its prompt
+    is cut, in any precision, at a cost (benchmarks/invariance.py)."""
 
     cache_bytes: int | None = None
     page_tokens: int = PAGE_TOKENS
@@ -66,6 +69,7 @@ class Limits:
     max_running: int = MAX_RUNNING
     prefix_cache: bool = True
     absorbed_below: int | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("page_tokens", "step_tokens", "max_running"):
@@ -83,7 +87,7 @@ class Engine:
         weight = model.model.embed_tokens.weight
         self.device, dtype, config = weight.device, weight.dtype, model.config
         size = self.limits.page_tokens
-        page_bytes = PagedCache.page_bytes(config, dtype, size)
+        self.page_bytes = page_bytes = PagedCache.page_bytes(config, dtype, size)
         pages = self._cache_bytes(page_bytes) // page_bytes
         self.cache = PagedCache(config, pages, dtype, self.device, size)
         self.pool = PagePool(pages)
@@ -93,6 +97,7 @@ class Engine:
         below = self.limits.absorbed_below
         self.absorbed_below = few_queries(config) if below is None else below
         self.drafter: Drafter = drafter or NoDrafter()
+        model.fix_rows(FIXED_ROWS if self.limits.batch_invariant else None)
         self._absorb()
         self.statistics = Statistics()
         self.version = 0
@@ -244,14 +249,7 @@ class Engine:
             if work.count == 1:
                 answers[len(work.drafts)].append(work)
         batches = [*answers.values(), *([work] for work in plan if work.count > 1)]
-        groups = [
-            self.cache.group(
-                [work.sequence for work in works],
-                tokens := len(works[0].tokens),
-                tokens <= self.absorbed_below,
-            )
-            for works in batches
-        ]
+        groups = [group for works in batches for group in self._groups(works)]
         plan = [work for works in batches for work in works]
         lengths = [work.sequence.length for work in plan]
         tokens_N: list[int] = []
@@ -267,6 +265,12 @@ class Engine:
         self.statistics.passes += 1
         self.statistics.tokens += len(tokens_N)
         return Pass(plan, lengths, starts, hidden.x_BTD[0], hidden.routings)
+
+    def _groups(self, works: list[Work]) -> list[PagedGroup]:
+        sequences, tokens = [work.sequence for work in works], len(works[0].tokens)
+        if self.limits.batch_invariant:
+            return self.cache.one_by_one(sequences, tokens)
+        return [self.cache.group(sequences, tokens, tokens <= self.absorbed_below)]
 
     # -- from logits to tokens --------------------------------------------------------------
 

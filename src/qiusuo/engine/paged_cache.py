@@ -31,6 +31,14 @@ class Kept(Protocol):
     def length(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in its pages a sequence stands (``Kept``)."""
+
+    pages: list[int]
+    length: int
+
+
 class PagedCache:
     def __init__(
         self,
@@ -62,21 +70,33 @@ class PagedCache:
         for page in pages:
             self.entries_LpsZ[:, page] = 0
 
-    def group(self, sequences: Sequence[Kept], tokens: int, absorbed: bool) -> PagedGroup:
+    def group(
+        self, sequences: Sequence[Kept], tokens: int, absorbed: bool, gather: bool = False
+    ) -> PagedGroup:
         """Sequences with ``tokens`` new ones each, for which there is room in their pages."""
-        return PagedGroup(self, sequences, tokens, absorbed)
+        return PagedGroup(self, sequences, tokens, absorbed, gather)
+
+    def one_by_one(self, sequences: Sequence[Kept], tokens: int) -> list[PagedGroup]:
+        """The same, as a group for every token: its attention has the same shapes whatever else
+        is in the pass."""
+        return [
+            self.group([Place(sequence.pages, sequence.length + i)], 1, True, gather=True)
+            for sequence in sequences
+            for i in range(tokens)
+        ]
 
 
 @dataclass
 class PagedGroup:
     """A ``model.groups.Group`` on pages. Where everything stands is found once and holds for all
     layers. A lone sequence whose pages lie side by side is looked at where it is; others are
-    gathered."""
+    gathered, and all if ``gather``."""
 
     cache: PagedCache
     sequences: Sequence[Kept]
     tokens: int
     absorbed: bool
+    gather: bool = False
     mask_BTS: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -96,7 +116,7 @@ class PagedGroup:
         self.first_page: int | None = None
         if self.batch == 1:
             first = tables[0][0]
-            if tables[0] == list(range(first, first + needed)):
+            if not self.gather and tables[0] == list(range(first, first + needed)):
                 self.first_page = first
         else:
             place_S = torch.arange(self.seen, device=device)

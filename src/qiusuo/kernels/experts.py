@@ -37,10 +37,18 @@ def experts_reference(
 
 
 def experts_grouped(
-    x_MD: Tensor, weights_MK: Tensor, indices_MK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    x_MD: Tensor,
+    weights_MK: Tensor,
+    indices_MK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    rows: int | None = None,
 ) -> Tensor:
-    """As ``experts_reference``; under autocast the products run in the autocast type."""
+    """As ``experts_reference``; under autocast the products run in the autocast type. ``rows`` as
+    in ``linear``: products of always so many rows (without gradients)."""
     device = x_MD.device.type
+    if rows is not None:
+        return _experts_in_blocks(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF, rows)
     if len(x_MD) == 1 and device == "cpu" and not torch.is_grad_enabled():
         return _experts_of_one(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF)
     if torch.is_autocast_enabled(device):
@@ -61,6 +69,26 @@ def _experts_of_one(
         out_1D = y_1D if out_1D is None else out_1D.add_(y_1D)
     assert out_1D is not None
     return out_1D
+
+
+def _experts_in_blocks(
+    x_MD: Tensor,
+    weights_MK: Tensor,
+    indices_MK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    rows: int,
+) -> Tensor:
+    """Expert by expert, in products of ``rows``; a token's K results are added in its own order."""
+    y_MKD = x_MD.new_empty(*indices_MK.shape, x_MD.shape[1])
+    for expert in indices_MK.unique().tolist():
+        token, choice = torch.where(indices_MK == expert)
+        gate, up = linear(x_MD[token], gate_up_EGD[expert], rows=rows).chunk(2, dim=-1)
+        y_MKD[token, choice] = linear(F.silu(gate) * up, down_EDF[expert], rows=rows)
+    out_MD = torch.zeros_like(x_MD)
+    for k in range(indices_MK.shape[1]):
+        out_MD += y_MKD[:, k] * weights_MK[:, k, None].to(y_MKD.dtype)
+    return out_MD
 
 
 class _Layout(NamedTuple):

@@ -23,8 +23,12 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
+    """``rows``: compute in products of always so many rows; see ``Transformer.fix_rows``."""
+
+    rows: int | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.rows)
 
 
 class MLP(nn.Module):

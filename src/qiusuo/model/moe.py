@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qiusuo.kernels.experts import experts_grouped
+from qiusuo.kernels.linear import linear
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.layers import MLP
 
@@ -32,6 +32,7 @@ class Router(nn.Module):
     """``gate`` of a checkpoint. Everything in float32: a rounded score is another expert."""
 
     e_score_correction_bias: Tensor | None
+    rows: int | None = None
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x_MD: Tensor) -> Routing:
         config = self.config
         with torch.autocast(x_MD.device.type, enabled=False):
-            logits_ME = F.linear(x_MD.float(), self.weight.float())
+            logits_ME = linear(x_MD.float(), self.weight.float(), rows=self.rows)
         if config.scoring_func == "sigmoid":
             scores_ME = logits_ME.sigmoid()
         else:
@@ -76,6 +77,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts as two stacked tensors; per-expert names exist in checkpoints only."""
 
+    rows: int | None = None
+
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         experts, width = config.n_routed_experts, config.moe_intermediate_size
@@ -84,7 +87,12 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: Tensor, routing: Routing) -> Tensor:
         return experts_grouped(
-            x_MD, routing.weights_MK, routing.indices_MK, self.gate_up_proj, self.down_proj
+            x_MD,
+            routing.weights_MK,
+            routing.indices_MK,
+            self.gate_up_proj,
+            self.down_proj,
+            self.rows,
         )
 
 

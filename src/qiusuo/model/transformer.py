@@ -19,7 +19,7 @@ from qiusuo.model.gqa import GroupedQueryAttention
 from qiusuo.model.groups import Group, Whole
 from qiusuo.model.layers import MLP, Linear, RMSNorm
 from qiusuo.model.mla import MultiHeadLatentAttention
-from qiusuo.model.moe import MoE, Router, Routing
+from qiusuo.model.moe import Experts, MoE, Router, Routing
 from qiusuo.model.rope import rotations
 
 # B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs.
@@ -185,6 +185,13 @@ class Transformer(nn.Module):
         """Float32 logits [B, T, W] of hidden states."""
         out_BTW: Tensor = self.lm_head(x_BTD).float()
         return out_BTW
+
+    def fix_rows(self, rows: int | None) -> None:
+        """Compute every product with weights for so many rows at a time (None: as they come), so
+        that a token's result does not depend on what else is in the pass."""
+        for module in self.modules():
+            if isinstance(module, Linear | Experts | Router):
+                module.rows = rows
 
     def routers(self) -> dict[int, Router]:
         """Every MoE layer's router by layer number, MTP modules' too."""
