@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import select
@@ -425,3 +426,21 @@ def test_a_person_at_a_terminal(endless: str, tmp_path: Path) -> None:
         process.kill()
         process.wait()
         os.close(own)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 1_000_000},
+        {"n_routed_experts": 10**8},
+        {"num_nextn_predict_layers": 10**6},
+        {"vocab_size": 10**30},
+        {"intermediate_size": 2**31 - 1, "hidden_size": 2**31 - 1},
+    ],
+    ids=str,
+)
+def test_inspect_a_config_beyond_any_model(ask: Ask, changes: dict[str, int]) -> None:
+    raw = tiny_model().config.to_hf() | changes
+    Path("config.json").write_text(json.dumps(raw), encoding="utf-8")
+    message = refused(ask("inspect", "config.json"))
+    assert re.search(r"beyond what any model has|no model can have", message)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -377,3 +380,59 @@ def test_where_there_is_nothing_to_examine(tmp_path: Path, ask: Ask) -> None:
         assert answer.out == ""
     with pytest.raises(CheckpointError, match="is not there"):
         next(examine(Examination(str(tmp_path / "none"))))
+
+
+# What a checkpoint does to its doctor
+
+
+def test_a_context_of_one_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """There is nothing to foretell, and an MTP module has nothing to look at."""
+    model = tiny_model(
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_id,
+        max_position_embeddings=1,
+        num_nextn_predict_layers=1,
+    )
+    save_huggingface(model, tmp_path / "m", tokenizer=tokenizer)
+    _, found, _ = diagnosis(tmp_path / "m")
+    assert (found[-1].mark, found[-1].text) == (Mark.GOOD, "1 tokens, all finite")
+
+
+def test_a_forward_pass_that_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise IndexError("no such row")
+
+    monkeypatch.setattr(Transformer, "logits", stop)
+    assert only_fault(folder) == "Forward pass: stopped after 48 tokens by IndexError: no such row"
+
+
+CLEAR = "\x1b[2J\x1b]0;mine\x07"
+
+
+def test_a_checkpoint_does_not_steer_the_terminal(folder: Path, ask: Ask) -> None:
+    change_weights(folder, lambda tensors: tensors.update({f"x{CLEAR}": torch.ones(1)}))
+    for answer in (ask("doctor", folder), ask("export", folder, folder.parent / "new")):
+        assert answer.code == 1
+        assert "x[2J]0;mine" in answer.out + answer.err
+        assert "\x1b" not in answer.out + answer.err
+
+
+def test_a_template_does_not_steer_the_terminal(folder: Path, ask: Ask) -> None:
+    words = "{{ raise_exception('" + CLEAR + "') }}"
+    change_json(folder / "tokenizer_config.json", chat_template=words)
+    answer = ask("doctor", folder)
+    assert answer.code == 1
+    assert "refuses these messages: [2J]0;mine" in answer.out
+    assert "\x1b" not in answer.out
+
+
+def test_a_terminal_that_knows_ascii_alone(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qiusuo", "doctor", str(folder)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "? Files and config: Hugging Face at" in done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from qiusuo.data.errors import DataError
+from qiusuo.engine.answer_events import Event, Kind
 from qiusuo.engine.language_model import LanguageModel, Message
-from qiusuo.engine.text_stream import Part
+from qiusuo.terminal import without_controls
 
 HELP = """/new          begin a new conversation
 /system TEXT  tell the model this first, and begin anew; without TEXT nothing
@@ -41,27 +41,28 @@ class Conversation:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages = [*first, *self.turns, {"role": "user", "content": question}]
         started = time.monotonic()
-        answer = self.model.chat(messages, on_text=self._show(), **self.options)
+        answer = self.model.chat(messages, on_event=self._show(), **self.options)
         self.turns = messages[len(first) :]
         self.turns.append({"role": "assistant", "content": answer.content})
         self._sum_up(answer, time.monotonic() - started)
 
-    def _show(self) -> Callable[[Part, str], None]:
+    def _show(self) -> Callable[[Event], None]:
         """What prints the pieces: as they are into a file or a pipe, where marks tell the thought
         from the answer; on a terminal without control characters, and with the thought dimmed."""
-        last = Part.ANSWER
+        last = Kind.CONTENT
         styled = self.console.color_system is not None
 
-        def show(part: Part, text: str) -> None:
+        def show(event: Event) -> None:
             nonlocal last
+            kind, text = event.kind, event.text
             if self.console.is_terminal:
-                text = _without_controls(text)
-            if styled and part is Part.THOUGHT:
+                text = without_controls(text)
+            if styled and kind is Kind.THOUGHT:
                 text = f"{DIM}{text}{PLAIN}"
-            if part is not last:
+            if kind is not last:
                 opening, closing = ("", "\n\n") if styled else ("<think>\n", "\n</think>\n\n")
-                text = (opening if part is Part.THOUGHT else closing) + text
-            last = part
+                text = (opening if kind is Kind.THOUGHT else closing) + text
+            last = kind
             self.console.file.write(text)
             self.console.file.flush()
 
@@ -111,6 +112,7 @@ def converse(conversation: Conversation) -> bool:
     stderr."""
     person, answered = sys.stdin.isatty(), True
     if person:
+        conversation.note(conversation.model.describe())
         conversation.note("/help lists the commands; Ctrl-D leaves.\n")
     for line in _lines_typed() if person else map(str.strip, sys.stdin):
         if line.startswith("/"):
@@ -120,7 +122,7 @@ def converse(conversation: Conversation) -> bool:
             try:
                 conversation.ask(line)
             except DataError as error:
-                print(f"qiusuo: {error}", file=sys.stderr)
+                print(f"qiusuo: {without_controls(str(error))}", file=sys.stderr)
                 answered = False
             except KeyboardInterrupt:
                 if not person:
@@ -140,8 +142,3 @@ def _lines_typed() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
-
-
-def _without_controls(text: str) -> str:
-    """Line ends and tabs may pass; a model's escape sequences must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

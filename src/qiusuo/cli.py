@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -221,12 +222,17 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 def main() -> None:
     """Errors that a user can mend are one message; anything else keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a "?"
+            stream.reconfigure(errors="replace")
     try:
         app()
     except Exception as error:
         if not isinstance(error, _mendable()):
             raise
-        print(f"qiusuo: {error}", file=sys.stderr)
+        from qiusuo.terminal import without_controls
+
+        print(f"qiusuo: {without_controls(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -21,16 +21,15 @@ import torch.nn.functional as F
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
-from qiusuo.checkpoint.load import load_model
+from qiusuo.checkpoint.load import load_model, loaded_dtype
 from qiusuo.checkpoint.open import find_model, open_checkpoint
 from qiusuo.checkpoint.stored import Checkpoint, Progress, chunks
-from qiusuo.checkpoint.tensors import EMBEDDING
+from qiusuo.data.cache import show_bytes
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.checks import ConfigError
-from qiusuo.model.cost import available_memory, measure
+from qiusuo.model.cost import available_memory, measure, needed_bytes
 from qiusuo.model.transformer import Transformer
-from qiusuo.runs.words import format_bytes
 
 WHOLE_BYTES = 16 << 30  # beyond this, only the beginning of every tensor is read
 PROBES = (
@@ -158,7 +157,7 @@ def _tensors(examination: Examination) -> Iterator[Finding]:
     check_inventory(checkpoint)
     kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values())
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    size = format_bytes(checkpoint.stored_bytes)
+    size = show_bytes(checkpoint.stored_bytes)
     yield Finding(Mark.GOOD, "Tensors", f"{len(checkpoint.tensors)} as expected ({listed}), {size}")
 
 
@@ -258,36 +257,48 @@ def _forward(examination: Examination) -> Iterator[Finding]:
     checkpoint = _opened(examination)
     if any(fault.subject == "Numbers" for fault in examination.faults):
         return
-    wide = checkpoint.tensors[EMBEDDING].kind in ("F32", "F64")  # as they are loaded
-    needed = measure(checkpoint.config).weight_bytes("float32" if wide else "bfloat16")
+    needed = needed_bytes(checkpoint.config, loaded_dtype(checkpoint))
     if needed > (free := available_memory()):
         yield Finding(
             Mark.REMARK,
             "Forward pass",
-            f"not run: it needs {format_bytes(needed)} of memory, {format_bytes(free)} are free",
+            f"not run: it needs {show_bytes(needed)} of memory, {show_bytes(free)} are free",
         )
         return
     model = load_model(checkpoint, progress=examination.progress)
     examination.model = model
     ids, what = _probe_ids(checkpoint, examination.tokenizer)
-    tokens_BT = torch.tensor([ids])
-    with torch.inference_mode():
-        hidden_BTD = model(tokens_BT).x_BTD
-        logits_TW = model.logits(hidden_BTD)[0]
-        loss = float(F.cross_entropy(logits_TW[:-1], tokens_BT[0, 1:]))
-        for depth in range(checkpoint.config.num_nextn_predict_layers):
-            following_BT = tokens_BT[:, depth + 1 :]
-            context = model.context(following_BT)
-            hidden_BTD = model.predict_ahead(hidden_BTD[:, :-1], following_BT, depth, context).x_BTD
-            logits_TW = torch.cat((logits_TW, model.logits(hidden_BTD)[0]))
+    try:
+        logits_TW, loss = _run(model, torch.tensor([ids]))
+    except Exception as error:  # whatever it is, it would stop an answer too
+        words = f"{type(error).__name__}: {error}"
+        yield Finding(Mark.FAULT, "Forward pass", f"stopped after {len(ids)} tokens by {words}")
+        return
     if not bool(logits_TW.isfinite().all()):
         yield Finding(Mark.FAULT, "Forward pass", f"NaN or infinity after {len(ids)} tokens")
         return
     uniform = math.log(checkpoint.config.vocab_size)
-    text = f"{len(ids)} tokens, all finite; {loss:.2f} nats a token {what} (chance: {uniform:.2f})"
+    text = f"{len(ids)} tokens, all finite"
+    if len(ids) > 1:  # else nothing follows that could be foretold
+        text += f"; {loss:.2f} nats a token {what} (chance: {uniform:.2f})"
     learned = what == "of text" and loss >= uniform
     note = ": no better than chance; are these the weights of a trained model?" if learned else ""
     yield Finding(Mark.REMARK if learned else Mark.GOOD, "Forward pass", text + note)
+
+
+def _run(model: Transformer, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Logits of the main model and of the MTP modules, and the main model's loss."""
+    with torch.inference_mode():
+        hidden_BTD = model(tokens_BT).x_BTD
+        logits_TW = model.logits(hidden_BTD)[0]
+        loss = float(F.cross_entropy(logits_TW[:-1], tokens_BT[0, 1:]))
+        depths = min(model.config.num_nextn_predict_layers, tokens_BT.shape[1] - 1)
+        for depth in range(depths):  # each sees one token less
+            following_BT = tokens_BT[:, depth + 1 :]
+            context = model.context(following_BT)
+            hidden_BTD = model.predict_ahead(hidden_BTD[:, :-1], following_BT, depth, context).x_BTD
+            logits_TW = torch.cat((logits_TW, model.logits(hidden_BTD)[0]))
+    return logits_TW, loss
 
 
 def _probe_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[list[int], str]:

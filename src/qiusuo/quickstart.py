@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qiusuo.engine.language_model import LanguageModel, load
+from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.loading import load
 from qiusuo.runs.folder import RunFolder, read_recipe, read_status
 from qiusuo.runs.summary import read_summary
 from qiusuo.terminal import facts_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.runs.words import format_bytes, format_fact
+from qiusuo.data.cache import show_bytes
+from qiusuo.runs.words import format_fact
 
 if TYPE_CHECKING:
     from qiusuo.checkpoint.stored import Checkpoint
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from qiusuo.model.config import ModelConfig
 
 HIDDEN_FACTS = ("License", "Languages", "Data", "Limits")  # for the card, not for the table
+
+
+def without_controls(text: str) -> str:
+    """Line ends and tabs may pass; escape sequences out of a checkpoint, or of what a model says,
+    must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def facts_table(summary: dict[str, Any]) -> Table:
@@ -46,7 +54,7 @@ def show_cost(model: str, context: int | None) -> None:
     if checkpoint is not None:
         kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values())
         stored = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        size = format_bytes(checkpoint.stored_bytes)
+        size = show_bytes(checkpoint.stored_bytes)
         table.add_row("Stored", f"{checkpoint.format}, {size}: {stored} tensors")
     table.add_row("Parameters", f"{cost.parameters:,}")
     if cost.mtp_parameters:
@@ -61,20 +69,20 @@ def show_cost(model: str, context: int | None) -> None:
     )
     table.add_row(
         "Cache per token",
-        f"{format_bytes(latent)} in bf16 (every head's: {format_bytes(expanded)}, "
+        f"{show_bytes(latent)} in bf16 (every head's: {show_bytes(expanded)}, "
         f"{expanded / latent:.1f} times)",
     )
     cache = latent * context
-    table.add_row(f"Cache of {context:,} tokens", format_bytes(cache))
+    table.add_row(f"Cache of {context:,} tokens", show_bytes(cache))
     free = available_memory()
     for precision in BYTES_PER_WEIGHT:
         need = cost.weight_bytes(precision) + cache
         verdict = "fits" if need < free else "does not fit"
-        table.add_row(f"Memory in {precision}", f"{format_bytes(need)}: {verdict}")
+        table.add_row(f"Memory in {precision}", f"{show_bytes(need)}: {verdict}")
     console = Console()
     console.print(table)
     smallest = min(map(cost.weight_bytes, BYTES_PER_WEIGHT)) + cache
-    here = f"{format_bytes(free)} free on this machine."
+    here = f"{show_bytes(free)} free on this machine."
     if smallest >= free:
         here += " It cannot hold this model at any of these precisions."
     console.print(here, soft_wrap=True)
@@ -124,7 +132,7 @@ def show_catalogue() -> None:
 
 def load_shown(model: str, dtype: str | None, device: str) -> LanguageModel:
     """Load a model to talk with, with a progress bar."""
-    from qiusuo.engine.language_model import load
+    from qiusuo.engine.loading import load
 
     with show_progress(f"loading {model}") as progress:
         loaded = load(model, dtype=dtype, device=device, progress=progress)
@@ -146,9 +154,9 @@ def show_examination(model: str) -> bool:
         examination = Examination(model, progress)
         for found in examine(examination):
             sign = signs.get(found.mark, "[red]✗[/red]")
-            text = escape(f"{found.subject}: {found.text}")
+            text = escape(without_controls(f"{found.subject}: {found.text}"))
             console.print(f"{sign} {text}", soft_wrap=True)
-    console.print(f"\n{escape(examination.verdict())}", soft_wrap=True)
+    console.print(f"\n{escape(without_controls(examination.verdict()))}", soft_wrap=True)
     return not examination.faults
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import lzma
+import math
+import mmap
 import resource
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 
 import qiusuo.data
 from qiusuo.checkpoint.files import CheckpointError
+from qiusuo.checkpoint.gguf import header
 from qiusuo.checkpoint.gguf.file import open_gguf, write_gguf
 from qiusuo.checkpoint.load import checkpoint_of, load_model
 from qiusuo.data.tokenizer import Tokenizer
@@ -252,9 +255,52 @@ def test_bfloat16_weights_are_written_as_they_are(tmp_path):
 def test_numbers_that_f16_cannot_hold(tmp_path):
     model = model_of()
     model.lm_head.weight.data[3, 3] = 1e6
-    with pytest.raises(CheckpointError, match=r"output\.weight: .*65504.*bf16"):
+    with pytest.raises(
+        CheckpointError, match=r"output\.weight holds 1e\+06, .*65504: choose bfloat16"
+    ):
         write(model, tmp_path / "m.gguf", "f16")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -2e7])
+def test_numbers_that_q8_0_cannot_hold(number, tmp_path):
+    """A scale is a float16: what it cannot say would come back as another number."""
+    model = model_of(hidden_size=64)
+    model.lm_head.weight.data[3, 3] = number
+    with pytest.raises(CheckpointError, match=r"output\.weight holds NaN, infinity or"):
+        write(model, tmp_path / "m.gguf", "q8_0")
+    assert list(tmp_path.iterdir()) == []
+    model.lm_head.weight.data[3, 3] = 8e6
+    back = load_model(open_gguf(write(model, tmp_path / "m.gguf", "q8_0")), dtype=torch.float32)
+    assert back.lm_head.weight[3, 3].item() == pytest.approx(8e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0; expected at least 1"),
+        ({"tokenizer.ggml.tokens": 5}, "tokenizer.ggml.tokens is 5; expected a list"),
+        ({"llama.block_count": 4_000_000_000}, "num_hidden_layers.* 4000000000 is beyond"),
+        ({"llama.embedding_length": 4_000_000_000}, "hidden_size 4000000000 is beyond"),
+    ],
+)
+def test_metadata_that_no_model_has(fields, words, tmp_path):
+    path = write(model_of(**WRITABLE["llama"]), tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match=words) as caught:
+        open_gguf(changed(path, fields, {}))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_lists_of_the_metadata_stay_in_the_file(tmp_path):
+    path = write(model_of(), tmp_path / "m.gguf")
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    metadata = header.read_header(path, data).metadata
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tokens == metadata["tokenizer.ggml.tokens"]
+    assert tokens is not metadata["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(metadata["tokenizer.ggml.token_type"]) == VOCABULARY
+    assert set(metadata) > {"tokenizer.ggml.merges", "general.architecture"}
 
 
 # -- what other files hold ----------------------------------------------------------------------

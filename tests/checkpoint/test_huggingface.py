@@ -1,6 +1,7 @@
 """Hugging Face folders out and in: the same bits, and every damage named."""
 
 import json
+import math
 import resource
 import shutil
 import signal
@@ -16,7 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.huggingface import load_huggingface, open_huggingface, save_huggingface
+from qiusuo.checkpoint.huggingface import (
+    load_huggingface,
+    open_huggingface,
+    save_huggingface,
+    write_huggingface,
+)
+from qiusuo.checkpoint.load import checkpoint_of
 from qiusuo.checkpoint.tensors import disk_layout
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.checks import ConfigError
@@ -379,8 +386,89 @@ def test_file_says_it_is_of_torch(tmp_path):
 def test_ends_of_generation_config_count_too(tmp_path):
     save_huggingface(tiny_model(eos_token_id=1), tmp_path / "m")
     generation = tmp_path / "m" / "generation_config.json"
-    for said, ends in (([1, 7, 9], (1, 7, 9)), (1, 1), (8, (1, 8)), (None, 1), ("x", 1)):
+    for said, ends in (([1, 7, 9], (1, 7, 9)), (1, 1), (8, (1, 8)), (None, 1)):
         generation.write_text(json.dumps({"eos_token_id": said}))
         assert open_huggingface(tmp_path / "m").config.eos_token_id == ends
-    generation.write_text("[")
-    assert open_huggingface(tmp_path / "m").config.eos_token_id == 1
+    strange = [f'{{"eos_token_id": {end}}}' for end in STRANGE_ENDS]
+    for content in ("[", "[]", "[" * 100_000, *strange):
+        generation.write_text(content)
+        with pytest.raises(CheckpointError, match=r"m/generation_config\.json"):
+            open_huggingface(tmp_path / "m")
+
+
+STRANGE_ENDS = ['"x"', "[[1]]", "{}", "[true]", "-1", '["a"]', "1.0"]
+
+
+# -- what is not replaced, what is not written ----------------------------------------------------
+
+
+def test_a_folder_with_anything_else_is_not_replaced(tmp_path):
+    """A config.json makes no model of a project, nor a model of all that lies beside it."""
+    project = tmp_path / "proj"
+    (project / "src").mkdir(parents=True)
+    (project / "config.json").write_text('{"port": 80}')
+    (project / "src" / "main.c").write_text("int main;")
+    with pytest.raises(CheckpointError, match="holds beside a model src; saving would replace"):
+        save_huggingface(tiny_model(), project)
+    assert (project / "src" / "main.c").read_text() == "int main;"
+    shutil.rmtree(project / "src")
+    with pytest.raises(CheckpointError, match=r"holds no model .*model_type None"):
+        save_huggingface(tiny_model(), project)
+    save_huggingface(tiny_model(), tmp_path / "m")
+    for name in ("thesis.tex", "weights.bin", "model.safetensors.old", ".env"):
+        (tmp_path / "m" / name).write_text("mine")
+        with pytest.raises(CheckpointError, match=f"holds beside a model {name};"):
+            save_huggingface(tiny_model(), tmp_path / "m")
+        assert (tmp_path / "m" / name).read_text() == "mine"
+        (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / "README.md").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds beside a model README\.md;"):
+        save_huggingface(tiny_model(), tmp_path / "m")
+
+
+def test_a_model_with_its_papers_is_replaced(tmp_path):
+    names = ("README.md", "LICENSE-MODEL", ".gitattributes", "special_tokens_map.json")
+    save_huggingface(tiny_model(), tmp_path / "m", shard_bytes=50_000)
+    for name in names:
+        (tmp_path / "m" / name).write_text("{}")
+    save_huggingface(tiny_model(), tmp_path / "m")
+    assert not any((tmp_path / "m" / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("kind", ["I8", "F64", "f32", "Q8_0", "", "F8_E5M2"])
+def test_kinds_that_are_not_written(kind, tmp_path):
+    with pytest.raises(CheckpointError, match="is not written; expected F32, BF16, F16, F8_E4M3"):
+        write_huggingface(checkpoint_of(tiny_model(), None), tmp_path / "m", kind)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_float16_cannot_hold(tmp_path):
+    """Neither written nor loaded as infinity; NaN and infinity of the model's own stay."""
+    model = tiny_model()
+    model.lm_head.weight.data[3, 3] = 1e6
+    words = r"lm_head\.weight holds 1e\+06, beyond the largest number of float16, 65504"
+    with pytest.raises(CheckpointError, match=words):
+        save_huggingface(model, tmp_path / "m", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    save_huggingface(model, tmp_path / "m")
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_huggingface(tmp_path / "m", dtype=torch.float16)
+    assert str(tmp_path / "m" / "model.safetensors") in str(caught.value)
+    model.lm_head.weight.data[3, 3] = math.inf
+    save_huggingface(model, tmp_path / "m", dtype=torch.float16)
+    assert load_huggingface(tmp_path / "m").lm_head.weight[3, 3] == math.inf
+
+
+def test_float32_that_bfloat16_cannot_hold(tmp_path):
+    model = tiny_model()
+    model.lm_head.weight.data[3, 3] = torch.finfo(torch.float32).max
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds 3\.4"):
+        save_huggingface(model, tmp_path / "m", dtype=torch.bfloat16)
+
+
+def test_float64_is_kept_as_float32(tmp_path):
+    model = tiny_model().double()
+    write_huggingface(checkpoint_of(model, None), tmp_path / "m")
+    assert {t.dtype for t in load_huggingface(tmp_path / "m").state_dict().values()} == {
+        torch.float32
+    }

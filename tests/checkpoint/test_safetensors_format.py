@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.safetensors_format import (
-    DTYPES,
+    FILE_DTYPES,
     FileTensor,
     Outgoing,
     read_header,
@@ -22,7 +22,7 @@ from qiusuo.checkpoint.safetensors_format import (
 )
 from qiusuo.checkpoint.stored import chunks
 
-KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
+KIND_OF = {dtype: kind for kind, dtype in FILE_DTYPES.items()}
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -40,7 +40,7 @@ def made(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
 @st.composite
 def tensor_dicts(draw) -> dict[str, torch.Tensor]:
     names = draw(st.lists(NAMES.filter(lambda n: n != "__metadata__"), unique=True, max_size=5))
-    types = st.sampled_from(list(DTYPES.values()))
+    types = st.sampled_from(list(FILE_DTYPES.values()))
     return {name: made(draw(SHAPES), draw(types), seed) for seed, name in enumerate(names)}
 
 
@@ -108,7 +108,7 @@ def test_we_read_what_the_library_writes(tmp_path_factory, tensors):
 def test_rows_in_pieces_are_the_whole(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("p") / "x.safetensors"
     shape = data.draw(st.tuples(st.integers(0, 30), SHAPES).map(lambda s: (s[0], *s[1][:2])))
-    tensor = made(shape, data.draw(st.sampled_from(list(DTYPES.values()))), 3)
+    tensor = made(shape, data.draw(st.sampled_from(list(FILE_DTYPES.values()))), 3)
     save_file({"before": torch.arange(5), "x": tensor, "z": torch.arange(3)}, path)
     held = read_header(path)["x"]
     cuts = sorted(data.draw(st.lists(st.integers(0, shape[0]), max_size=5)))

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.generate import generate
-from qiusuo.engine.sampling import Sampling
+from qiusuo.engine.language_model import LanguageModel
 from qiusuo.model.transformer import Transformer
 
 # Float32 cache, plain attention, one thread: what is compared is the model, not its shortcuts.
@@ -110,7 +109,7 @@ def compare(
     which both are asked for the probabilities of every next token."""
     ends = model.config.eos_token_id
     stops = frozenset(ends if isinstance(ends, tuple) else () if ends is None else (ends,))
-    ours = generate(model, prompts, Sampling(temperature=0, max_tokens=steps), stops)
+    ours = LanguageModel(model, None, draft="none").generate(prompts, max_tokens=steps)
     banned = [[token, False] for token in range(tokenizer.vocab_size) if _odd(tokenizer, token)]
     same_answers = same_first = 0
     differences: list[float] = []

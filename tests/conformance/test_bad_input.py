@@ -28,6 +28,7 @@ from qiusuo.checkpoint.huggingface import (
     write_huggingface,
 )
 from qiusuo.checkpoint.tensors import disk_shapes
+from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.checks import ConfigError
 from qiusuo.model.families import config_from_hf
@@ -261,6 +262,81 @@ def test_config_with_impossible_values(changes, words, one):
         load_huggingface(one)
 
 
+DEEP = "[" * 100_000
+
+
+def test_config_that_is_nested_without_end(one):
+    (one / "config.json").write_text('{"model_type": ' + DEEP)
+    assert f"{one / 'config.json'} is not valid JSON" in refusal(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": []}, "model_type [] is not one of"),
+        ({"model_type": {}}, "model_type {} is not one of"),
+        ({"rope_scaling": "yarn"}, "rope_scaling must be an object, not 'yarn'"),
+        ({"rope_scaling": [1]}, "rope_scaling must be an object, not [1]"),
+        ({"rope_parameters": "x"}, "rope_parameters must be an object, not 'x'"),
+        ({"rope_scaling": {"rope_type": []}}, "rope_scaling type [] is not supported"),
+        ({"rope_scaling": {"rope_type": {}}}, "rope_scaling type {} is not supported"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a number"),
+        ({"eos_token_id": {}}, "eos_token_id must be the number of a token, not {}"),
+        ({"eos_token_id": [[1]]}, "eos_token_id must be the number of a token, not [1]"),
+        ({"eos_token_id": "foo"}, "eos_token_id must be the number of a token, not 'foo'"),
+        ({"eos_token_id": ["a"]}, "eos_token_id must be the number of a token, not 'a'"),
+        ({"eos_token_id": [None]}, "eos_token_id must be the number of a token, not None"),
+        ({"bos_token_id": True}, "bos_token_id must be the number of a token, not True"),
+        ({"vocab_size": 10**30}, f"vocab_size {10**30} is beyond what any model has"),
+        ({"hidden_size": 2**31}, "hidden_size 2147483648 is beyond"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
+        ({"num_hidden_layers": 1_000_000}, "num_nextn_predict_layers, 1000001 is beyond"),
+        ({"num_nextn_predict_layers": 1_000_000}, "num_nextn_predict_layers, 1000003 is beyond"),
+        ({"n_routed_experts": 10**8}, "n_routed_experts 100000000 is beyond"),
+        ({"n_routed_experts": []}, "n_routed_experts must be a whole number"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}, "no model can have the sizes"),
+    ],
+    ids=str,
+)
+def test_config_that_is_made_to_break_its_reader(changes, words, one):
+    configure(one, **changes)
+    assert words in refusal(one)
+
+
+def test_more_experts_than_names_would_fit(one, monkeypatch):
+    """Within every limit, and still two hundred million names: told before any is made."""
+    monkeypatch.setattr("qiusuo.model.cost.meta_model", None)
+    configure(one, num_hidden_layers=1000, n_routed_experts=65536)
+    message = refusal(one)
+    assert "that counts 1001 layers" in message
+    assert "of 65536 experts" in message
+    assert "the files go on to layer 3 and expert 7, counted from 0" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer_config.json", DEEP, "is not valid JSON"),
+        ("tokenizer_config.json", '{"bos_token": 5}', "bos_token must be a token's text, not 5"),
+        ("tokenizer_config.json", '{"eos_token": {"content": []}}', "eos_token must be"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', "chat_template must be a text or"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "chat_template"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": [], "template": 1}]}', "chat_templ"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be a text, not 5"),
+        ("tokenizer_config.json", '{"add_bos_token": "x"}', "add_bos_token must be true or false"),
+        ("chat_template.jinja", "\udcff", "is not UTF-8"),
+    ],
+    ids=lambda x: x[:40],
+)
+def test_tokenizer_files_made_to_break_their_reader(file, content, words, one):
+    Tokenizer.train_characters(["abc"]).save(one)
+    (one / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError) as caught:
+        open_huggingface(one).read_tokenizer()
+    assert str(one / file) in str(caught.value)
+    assert words in str(caught.value)
+
+
 # -- config and weights that contradict each other ------------------------------------------------
 
 COUNTED = "config.json counts {} layers (num_hidden_layers) and {} MTP modules"
@@ -277,11 +353,35 @@ def test_surplus_tensor(one):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers", "model", "model.layers.²", "model.layers.-1.x", "model.layers.1", "…"]
+    "name",
+    [
+        *("model.layers", "model", "model.layers.²", "model.layers.-1.x", "model.layers.1", "…"),
+        *(f"model.layers.{'9' * 5000}.x", f"model.layers.1.mlp.experts.{'9' * 5000}.x"),
+    ],
+    ids=lambda name: name[:30],
 )
 def test_surplus_tensor_with_a_strange_name(name, one):
     change(one / WEIGHTS, **{name: torch.ones(3)})
-    assert f"surplus: {name}" in refusal(one)
+    assert f"surplus: {name:.200}" in refusal(one)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool])
+def test_numbers_that_are_no_weights(dtype, one, tmp_path):
+    change(one / WEIGHTS, **{NORM: torch.ones(48, dtype=dtype)})
+    for use in (load_huggingface, lambda folder: convert(folder, tmp_path / "new")):
+        message = refusal(one, use)
+        assert f"{one / WEIGHTS}: {NORM} is stored as " in message
+        assert "which is no type of weights" in message
+
+
+def test_one_file_and_an_index_of_others(made, many):
+    shutil.copy(made / "one" / WEIGHTS, many / WEIGHTS)
+    message = refusal(many)
+    assert f"{many} holds both {WEIGHTS} and {INDEX}" in message
+    assert f"transformers would read {WEIGHTS} alone" in message
+    names = json.loads((many / INDEX).read_text())["weight_map"]
+    (many / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}))
+    load_huggingface(many)  # an index of the one file says nothing else
 
 
 @pytest.mark.parametrize("shape", [(49,), (1,), (48, 1), (), (0,)])
@@ -350,7 +450,7 @@ def test_tied_head_that_is_another(tmp_path):
 
 
 def test_tokenizer_bigger_than_the_embedding(one, tmp_path):
-    from qiusuo.engine.language_model import load
+    from qiusuo.engine.loading import load
 
     text = "".join(chr(0x4E00 + number) for number in range(200))
     Tokenizer.train_characters([text]).save(one)
@@ -365,7 +465,7 @@ def test_tokenizer_bigger_than_the_embedding(one, tmp_path):
 def test_not_enough_memory(one, monkeypatch):
     monkeypatch.setattr("qiusuo.checkpoint.load.available_memory", lambda: 100_000)
     message = refusal(one)
-    assert "needs 0.0 GB of memory in float32, and 0.0 GB are free" in message
+    assert re.search(r"needs \d+\.\d kB of memory in float32, and 100\.0 kB are free", message)
     assert "choose a smaller dtype" in message
     monkeypatch.setattr("qiusuo.checkpoint.load.available_memory", lambda: 10_000_000)
     load_huggingface(one)

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import qiusuo.data
-from qiusuo.checkpoint import gguf
 from qiusuo.checkpoint.gguf.file import open_gguf, write_gguf
 from qiusuo.checkpoint.load import checkpoint_of, load_model
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.generate import generate
-from qiusuo.engine.sampling import Sampling
+from qiusuo.engine.language_model import LanguageModel
 from qiusuo.model.transformer import Transformer
 from tests.checkpoint.test_gguf import LITE, WRITABLE
 from tests.conformance.llama_cpp import Agreement, LoadError, compare, serve
@@ -133,7 +131,11 @@ def test_llama_cpp_drafts_with_our_mtp_module(tmp_path):
     with serve(write(model, tmp_path / "m.gguf"), mtp=True) as server:
         for start in range(0, 1200, 30):  # half of what it knows and half of what is new
             prompt = ids[start : start + 12]
-            answer = generate(model, [prompt], Sampling(max_tokens=40), frozenset())[0].token_ids
+            answer = (
+                LanguageModel(model, None)
+                .generate([prompt], max_tokens=40, ignore_eos=True)[0]
+                .token_ids
+            )
             theirs = server.complete(prompt, 40, temperature=0)
             if 1 in answer:
                 continue
@@ -190,10 +192,9 @@ def _drafting(model: Transformer, prompt: list[int], answer: list[int]) -> tuple
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr(gguf, "check_writable", lambda config: None)
+    monkeypatch.setattr("qiusuo.checkpoint.gguf.file.check_writable", lambda config: None)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

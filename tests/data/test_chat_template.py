@@ -268,3 +268,65 @@ def test_guard_for_wordlike_markers() -> None:
 def test_base_model_has_no_template(bpe: Tokenizer) -> None:
     with pytest.raises(DataError, match="no chat template"):
         Tokenizer(bpe.backend).apply_chat_template(TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 1,000,000 steps",
+        ),
+        ("{% for a in 'abc' * 999999 %}{% endfor %}", "more than 1,000,000 steps"),
+        ("{{ 'a' * 10**10 }}", "characters or elements"),
+        ("{{ 10 ** (10**10) }}", "characters or elements"),
+        ("{{ [1] * 10**9 }}", "characters or elements"),
+        ("{{ 'a' | center(10**10) }}", "characters or elements"),
+        ("{{ 'a'.ljust(10**10) }}", "characters or elements"),
+        ("{{ '%99999999999d' % 1 }}", "a width that no text has"),
+        ("{{ '%*d' % (99999999999, 1) }}", "a width that no text has"),
+        ("{{ '{:99999999999}'.format(1) }}", "a width that no text has"),
+        ("{{ '%99999999999d' | format(1) }}", "a width that no text has"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}",
+            "characters or elements",
+        ),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
+            "{% endfor %}",
+            "characters or elements",
+        ),
+        ("{% set x = 'a' * 99999 %}{{ x.replace('a', x) }}", "characters or elements"),
+        ("{% set x = 'a' * 99999 %}{{ x | replace('a', x) }}", "characters or elements"),
+        ("{% set x = 'a' * 99999 %}{{ x.join([x] * 9999) }}", "characters or elements"),
+        ("{% set x = 'a' * 99999 %}{{ ([x] * 9999) | join(x) }}", "characters or elements"),
+        ("{{ (['a' * 99999] * 9999) | tojson }}", "characters or elements"),
+        ("{% for i in range(9999) %}{{ 'a' * 99999 }}{% endfor %}", "characters or elements"),
+        ("{% macro f(n) %}{{ f(n) if n }}{% endmacro %}{{ f(1) }}", "refuses"),
+        ("{{ '{:{}}'.format(1, 10**10) }}", "a width that no text has"),
+        (
+            "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}",
+            "more than 1,000,000 steps",
+        ),
+    ],
+)
+def test_a_template_that_would_never_end(template: str, reason: str) -> None:
+    """Said in a second or two, and before the memory is taken."""
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(DataError, match=reason):
+        render_chat(template, messages, bos_token=None, eos_token=None)
+
+
+def test_loops_are_counted_and_else_the_same() -> None:
+    template = (
+        "{% for x in [1, 2, 3] if x > 1 %}{{ loop.index }}/{{ loop.length }}:{{ x }}"
+        "{{ '' if loop.last else ',' }}{% else %}none{% endfor %}"
+        "{% for x in [] %}{{ x }}{% else %}|none{% endfor %}"
+        "{% for x in [[1, []], [2, []]] recursive %}|{{ x[0] }}{{ loop(x[1]) }}{% endfor %}"
+        "|{{ 'a' ~ 1 ~ 'b' }}|{{ '**{}** {{}}'.format(7) }}|{{ '%s%% *' % 7 }}"
+        "|{{ ['a', 'b'] | join('-') }}|{{ '-'.join(['a', 'b']) }}"
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    text = render_chat(template, messages, bos_token=None, eos_token=None)
+    assert text == "1/2:2,2/2:3|none|1|2|a1b|**7** {}|7% *|a-b|a-b"

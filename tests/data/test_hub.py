@@ -172,7 +172,7 @@ def test_a_killed_process_goes_on(hub: StandInHub, tmp_path: Path) -> None:
     with subprocess.Popen(words, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
         while int(process.stdout.readline()) < 200_000:
             pass
-        with pytest.raises(DataError, match="being fetched by another process"):
+        with pytest.raises(DataError, match="being fetched or converted by another process"):
             pull_repository("owner/name")
         process.kill()
     assert process.returncode == -signal.SIGKILL

@@ -13,8 +13,11 @@ from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.huggingface import save_huggingface
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.language_model import Message
-from qiusuo.engine.text_stream import Part
+from qiusuo.engine.answer_events import Event, Kind
+from qiusuo.engine.asking import Message
+from qiusuo.engine.constraint import Constraint
+from qiusuo.engine.core import Limits
+from qiusuo.engine.request import RequestError
 from tests.model.shapes import tiny_model
 
 TEXT = "路漫漫其修远兮，吾将上下而求索。"
@@ -93,8 +96,9 @@ def test_ids_that_the_tokenizer_does_not_know_have_no_text(tokenizer, tmp_path):
     padded = tokenizer.vocab_size + 60
     model = tiny_model(vocab_size=padded, eos_token_id=None)
     lm = qiusuo.LanguageModel(model, tokenizer)
-    (answer,) = lm.generate(["求"], max_tokens=40, temperature=5.0)
-    known = [token for token in answer.token_ids if token < tokenizer.vocab_size]
+    (answer,) = lm.generate(["求"], max_tokens=40, temperature=5.0, ignore_eos=True)
+    eos, size = tokenizer.eos_id, tokenizer.vocab_size
+    known = [token for token in answer.token_ids if token < size and token != eos]
     assert 0 < len(known) < 40
     assert answer.text == tokenizer.decode(known)
 
@@ -188,13 +192,13 @@ TURNS = [{"role": "system", "content": "路"}, {"role": "user", "content": "求�
 def pick(lm, wanted, **settings):
     """The first seed whose answer is as wanted: (message, pieces, seed)."""
     for seed in range(200):
-        pieces: list[tuple[Part, str]] = []
+        pieces: list[Event] = []
         message = lm.chat(
             TURNS,
             temperature=1.0,
             max_tokens=24,
             seed=seed,
-            on_text=lambda part, text, heard=pieces: heard.append((part, text)),
+            on_event=pieces.append,
             **settings,
         )
         if wanted(message):
@@ -211,8 +215,12 @@ def chatty(tokenizer):
     return qiusuo.LanguageModel(model, tokenizer)
 
 
-def joined(pieces, part):
-    return "".join(text for heard, text in pieces if heard is part)
+def joined(pieces, kind):
+    return "".join(event.text for event in pieces if event.kind is kind)
+
+
+def text_of(lm, ids):
+    return lm.tokenizer.decode([token for token in ids if token < lm.tokenizer.vocab_size])
 
 
 def test_chat_answers_through_the_template(chatty, tokenizer):
@@ -228,7 +236,7 @@ def test_chat_answers_through_the_template(chatty, tokenizer):
 
 def test_chat_is_heard_as_it_comes(chatty, tokenizer):
     message, pieces, _ = pick(chatty, lambda message: len(message.content) > 12)
-    assert joined(pieces, Part.ANSWER) == message.content
+    assert joined(pieces, Kind.CONTENT) == message.content
     assert len(pieces) > 4
     known = [token for token in message.token_ids if token < tokenizer.vocab_size]
     assert tokenizer.decode(known).lstrip() == message.content
@@ -264,11 +272,15 @@ def test_thinking_opens_a_thought(chatty, tokenizer):
 
     message, pieces, _ = pick(chatty, closes_inside, thinking=True)
     place = message.token_ids.index(end)
-    assert message.reasoning_content == chatty._text(message.token_ids[:place]).strip()
-    assert message.content == chatty._text(message.token_ids[place + 1 :]).lstrip()
-    assert joined(pieces, Part.THOUGHT) == message.reasoning_content
-    assert joined(pieces, Part.ANSWER) == message.content
-    unclosed, _, _ = pick(chatty, lambda message: end not in message.token_ids, thinking=True)
+    assert message.reasoning_content == text_of(chatty, message.token_ids[:place]).strip()
+    assert message.content == text_of(chatty, message.token_ids[place + 1 :]).lstrip()
+    assert joined(pieces, Kind.THOUGHT) == message.reasoning_content
+    assert joined(pieces, Kind.CONTENT) == message.content
+    unclosed, _, _ = pick(
+        chatty,
+        lambda message: end not in message.token_ids and len(message.token_ids) > 5,
+        thinking=True,
+    )
     assert unclosed.reasoning_content
     assert unclosed.content == ""
     plain, _, _ = pick(chatty, lambda message: bool(message.content))
@@ -304,6 +316,212 @@ def test_texts_begin_as_the_tokenizer_says(chatty, tokenizer, begins):
     lm = qiusuo.LanguageModel(chatty.model, own)
     ids = [*([tokenizer.bos_id] if begins else []), *tokenizer.encode("求")]
     assert lm.generate(["求"], max_tokens=5) == lm.generate([ids], max_tokens=5)
+
+
+# What may be asked for
+
+
+def test_many_answers_side_by_side(chatty):
+    settings = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    alone = chatty.generate(["求"], n=3, **settings)
+    both = chatty.generate(["求", "索"], n=3, **settings)
+    assert [one.token_ids for one in both[:3]] == [one.token_ids for one in alone]
+    assert len(both) == 6
+    assert len({tuple(one.token_ids) for one in both}) == 6
+
+
+def test_the_best_of_some(chatty):
+    settings = {"max_tokens": 6, "temperature": 1.5, "seed": 3, "ignore_eos": True}
+    every = chatty.generate(["求", "索"], n=5, **settings)
+    best = chatty.generate(["求", "索"], n=2, best_of=5, **settings)
+
+    def mean(one) -> float:
+        return sum(one.logprobs) / len(one.logprobs)
+
+    for row in range(2):
+        ranked = sorted(every[5 * row : 5 * row + 5], key=mean, reverse=True)
+        assert best[2 * row : 2 * row + 2] == ranked[:2]
+    with pytest.raises(RequestError, match="best_of 2 is less than n 3"):
+        chatty.generate(["求"], n=3, best_of=2)
+
+
+def test_alternatives_are_told(chatty):
+    prompt = [1, 5, 9, 3]
+    (answer,) = chatty.generate(
+        [prompt], max_tokens=4, logprobs=3, prompt_logprobs=2, ignore_eos=True
+    )
+    logprobs = chatty.logits([*prompt, *answer.token_ids]).log_softmax(-1)
+    told = [*answer.prompt_drawn, *answer.drawn]
+    assert [one.token for one in told] == [*prompt, *answer.token_ids][1:]
+    for row, one in enumerate(told):
+        values, ids = logprobs[row].topk(len(one.top))
+        assert len(one.top) == (2 if row < 3 else 3)
+        assert [token for token, _ in one.top] == ids.tolist()
+        assert [p for _, p in one.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert one.logprob == pytest.approx(float(logprobs[row, one.token]), abs=1e-4)
+    assert answer.logprobs == [one.logprob for one in answer.drawn]
+    assert answer.versions == [0] * 4
+
+
+def test_experts_are_told_for_all_but_the_last_token(chatty):
+    first, second = chatty.generate(
+        ["求", "索求"], max_tokens=4, keep_experts=True, ignore_eos=True
+    )
+    for one, prompt in ((first, 2), (second, 3)):
+        assert one.experts.shape == (prompt + 3, 2, 3)
+    assert chatty.generate(["求"], max_tokens=4)[0].experts is None
+
+
+def test_stop_strings_end_a_text_between_tokens(chatty, tokenizer):
+    (free,) = chatty.generate(["求"], max_tokens=12, ignore_eos=True)
+    stop = free.text[3:5]
+    (answer,) = chatty.generate(["求"], max_tokens=12, ignore_eos=True, stop=[stop])
+    assert answer.text == free.text[: free.text.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids == free.token_ids[: len(answer.token_ids)]
+    assert len(answer.token_ids) < 12
+    message = chatty.chat(TURNS, max_tokens=12, ignore_eos=True)
+    stop = message.content[2:4]
+    shorter = chatty.chat(TURNS, max_tokens=12, ignore_eos=True, stop=[stop])
+    assert shorter.content == message.content[: message.content.index(stop)]
+
+
+def test_answers_that_must_fit(chatty):
+    pytest.importorskip("llguidance")
+    choice = Constraint("choice", ["求索", "路漫漫"])
+    for one in chatty.generate(["求", "修"], n=3, temperature=2.0, constraint=choice):
+        assert one.text in choice.value
+        assert one.finish_reason == "stop"
+    message = chatty.chat(TURNS, constraint=Constraint("regex", "[求索]{3}"))
+    assert len(message.content) == 3
+    assert set(message.content) <= set("求索")
+
+
+def test_a_constraint_waits_for_the_end_of_the_thought(chatty):
+    pytest.importorskip("llguidance")
+    choice = Constraint("choice", ["求索"])
+    message = chatty.chat(
+        TURNS, thinking=True, thinking_budget=6, constraint=choice, temperature=1.0, seed=1,
+        max_tokens=40, ignore_eos=True,
+    )  # fmt: skip
+    assert message.content == "求索"
+    assert message.reasoning_content
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_a_thought_ends_with_its_budget(chatty, tokenizer, budget):
+    end = tokenizer.token_id("</think>")
+    message = chatty.chat(
+        TURNS, thinking=True, thinking_budget=budget, max_tokens=20, ignore_eos=True,
+        logit_bias={end: -100},
+    )  # fmt: skip
+    assert message.token_ids.index(end) == budget
+    assert message.usage.reasoning_tokens == budget + 1
+    assert (
+        message.content
+        == text_of(
+            chatty,
+            [token for token in message.token_ids[budget + 1 :] if token != tokenizer.eos_id],
+        ).lstrip()
+    )
+
+
+def test_usage_is_told_and_turns_are_found_again(tokenizer):
+    model = tiny_model(vocab_size=tokenizer.vocab_size, eos_token_id=None)
+    lm = qiusuo.LanguageModel(model, tokenizer, Limits(page_tokens=2))
+    first = lm.chat(TURNS, max_tokens=5, ignore_eos=True)
+    prompt = len(tokenizer.apply_chat_template(TURNS))
+    usage = first.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (prompt, 5)
+    assert (usage.reasoning_tokens, usage.cached_tokens) == (0, 0)
+    again = lm.chat(TURNS, max_tokens=5, ignore_eos=True)
+    assert again.usage.cached_tokens == (prompt - 1) // 2 * 2
+    assert again.token_ids == first.token_ids
+
+
+CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>find\n"
+    '```json\n{"of": "road"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
+
+
+def test_tool_calls_are_told_as_the_api_writes_them():
+    """The model is made to say a call, token by token."""
+    tokenizer = Tokenizer.train_bpe([CALL * 3 + TEXT], 400)
+    size = tokenizer.vocab_size
+    model = tiny_model(vocab_size=size, eos_token_id=None, max_position_embeddings=512)
+    lm = qiusuo.LanguageModel(model, tokenizer)
+    said = [*tokenizer.encode("now " + CALL, allow_special=True), tokenizer.eos_id]
+    submit = lm.engine.submit
+
+    def scripted(request):
+        sequences = submit(request)
+        sequences[0].forced = list(said)
+        return sequences
+
+    lm.engine.submit = scripted
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    events: list[Event] = []
+    message = lm.chat(TURNS, tools=tools, max_tokens=len(said), on_event=events.append)
+    assert message.content.strip() == "now"
+    [call] = message.tool_calls
+    assert call["type"] == "function"
+    assert call["function"]["name"] == "find"
+    assert json.loads(call["function"]["arguments"]) == {"of": "road"}
+    assert call["id"].startswith("call_")
+    assert message.finish_reason == "tool_calls"
+    kinds = [Kind.CONTENT, Kind.CALL_BEGIN, Kind.ARGUMENTS, Kind.CALL_END]
+    assert list(dict.fromkeys(event.kind for event in events)) == kinds
+    without = lm.chat(TURNS, max_tokens=len(said))
+    assert without.tool_calls == []
+    assert "find" in without.content
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"constraint": Constraint("regex", "[")}, "regex"),
+        ({"constraint": Constraint("choice", ["漢字"])}, "no answer in this vocabulary fits"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_leaves_nothing_behind(chatty, settings, words):
+    if "constraint" in settings:
+        pytest.importorskip("llguidance")
+    with pytest.raises(ValueError, match=words):
+        chatty.generate(["求", "索"], **settings)
+    assert chatty.engine.idle
+    if "n" not in settings:
+        with pytest.raises(ValueError, match=words):
+            chatty.chat(TURNS, **settings)
+    assert chatty.engine.idle
+
+
+@pytest.mark.parametrize("settings", [{"stop": ["x"]}, {"constraint": Constraint("regex", "a")}])
+def test_what_is_about_text_needs_a_tokenizer(settings):
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        qiusuo.LanguageModel(tiny_model(), None).generate([[1, 2]], **settings)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_listener_that_raises_ends_the_answer_and_the_next_goes_on(chatty, error):
+    heard: list[Event] = []
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        if len(heard) == 3:
+            raise error
+
+    expected = chatty.chat(TURNS, max_tokens=9, ignore_eos=True)
+    with pytest.raises(error):
+        chatty.chat(TURNS, max_tokens=9, ignore_eos=True, on_event=hear)
+    assert len(heard) == 3
+    assert chatty.engine.idle
+    again = chatty.chat(TURNS, max_tokens=9, ignore_eos=True)
+    assert again.token_ids == expected.token_ids
 
 
 # Where a model may be

@@ -263,3 +263,36 @@ def test_misspelt_rope_key_of_a_recipe_names_the_nearest():
         config_from_recipe({"rope_scaling": yarn})
     with pytest.raises(ConfigError, match="rope_scaling must be a table, not 'yarn'"):
         config_from_recipe({"rope_scaling": "yarn"})
+
+
+# -- a config.json that is silent -----------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "deepseek_v2", "deepseek_v3"])
+def test_silence_means_what_transformers_takes_it_to_mean(model_type):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(model_type)
+    own = {"num_key_value_heads": 4} if model_type == "qwen2" else {}
+    ours = config_from_hf({"model_type": model_type} | SIZES | own)
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    ends = ours.bos_token_id, ours.eos_token_id
+    if model_type == "deepseek_v3":
+        assert ends == (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+    else:  # theirs are those of Llama 1, which hardly a model of the family has
+        assert ends == (None, None)
+    null = config_from_hf(ours.to_hf() | {"max_position_embeddings": None})
+    assert null == ours
+
+
+def test_a_recipe_has_tokens_of_its_own():
+    recipe = {"model_type": "llama"} | SIZES
+    assert config_from_recipe(recipe).eos_token_id == 1
+    assert config_from_recipe(recipe).max_position_embeddings == 4096

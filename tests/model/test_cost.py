@@ -10,11 +10,10 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from qiusuo.checkpoint.huggingface import save_huggingface
+from qiusuo.checkpoint.huggingface import load_huggingface, save_huggingface
 from qiusuo.checkpoint.tensors import mtp_copies
 from qiusuo.kernels.cross_entropy import cross_entropy_reference
-from qiusuo.model import cost as costs
-from qiusuo.model.cost import Cost, available_memory, measure
+from qiusuo.model.cost import Cost, available_memory, measure, needed_bytes
 from qiusuo.model.families import config_from_hf
 from tests.model.shapes import VARIANTS, tiny_config, tiny_model
 from tests.model.test_published import V2, V2_LITE, V3
@@ -148,11 +147,75 @@ def test_context_costs_attention_only() -> None:
     assert cost.forward_flops(10) - cost.forward_flops(0) == 20 * 3 * 3 * (12 + 8 + 10)
 
 
-def test_available_memory_is_a_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_is_a_machines() -> None:
     assert 1 << 26 < available_memory() < 1 << 50
+    missing = Path("not there")
+    assert 1 << 26 < available_memory(missing, missing) < 1 << 50
 
-    def missing(*args: object, **more: object) -> None:
-        raise OSError
 
-    monkeypatch.setattr(costs, "open", missing, raising=False)
-    assert 1 << 26 < available_memory() < 1 << 50
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("groups", "free"),
+    [
+        ({}, 8192),  # what the machine has left
+        ({"memory.max": "max", "memory.current": "9", "memory.stat": ""}, 8192),
+        ({"memory.max": "5000", "memory.current": "1000", "memory.stat": "anon 700\n"}, 4000),
+        (  # what is kept of files makes room when it is needed
+            {
+                "memory.max": "5000",
+                "memory.current": "4500",
+                "memory.stat": "anon 700\ninactive_file 1000\nactive_file 200\nfile 1300\n",
+            },
+            1700,
+        ),
+        (  # the group above is smaller
+            {
+                "memory.max": "9000",
+                "memory.current": "100",
+                "memory.stat": "",
+                "../memory.max": "3000",
+                "../memory.current": "1000",
+                "../memory.stat": "",
+            },
+            2000,
+        ),
+        ({"memory.max": "50", "memory.current": "90", "memory.stat": ""}, 0),
+    ],
+)
+def test_memory_of_a_control_group(tmp_path: Path, groups: dict[str, str], free: int) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:       8 kB\n")
+    (tmp_path / "self" / "cgroup").write_text("0::/pod/one\n")
+    place = tmp_path / "cgroup" / "pod" / "one"
+    place.mkdir(parents=True)
+    write_files(place, groups)
+    assert available_memory(tmp_path, tmp_path / "cgroup") == free
+
+
+def test_memory_of_an_older_control_group(tmp_path: Path) -> None:
+    """In a container the path is the host's, and the limits lie at the root."""
+    write_files(
+        tmp_path,
+        {
+            "meminfo": "MemAvailable: 8 kB\n",
+            "self/cgroup": "9:name=systemd:/x\n4:cpu,memory:/docker/abc\n0::/\n",
+            "cgroup/memory/memory.limit_in_bytes": "5000\n",
+            "cgroup/memory/memory.usage_in_bytes": "4000\n",
+            "cgroup/memory/memory.stat": "total_inactive_file 300\ninactive_file 7\n",
+        },
+    )
+    assert available_memory(tmp_path, tmp_path / "cgroup") == 1300
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_needed_bytes_are_those_of_a_loaded_model(tmp_path: Path, tied: bool, dtype) -> None:
+    save_huggingface(tiny_model(tie_word_embeddings=tied), tmp_path / "m")
+    held = load_huggingface(tmp_path / "m", dtype=dtype)
+    expected = sum({t.data_ptr(): t.nbytes for t in held.state_dict().values()}.values())
+    assert needed_bytes(held.config, dtype) == expected

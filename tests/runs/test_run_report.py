@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qiusuo.data.cache import show_bytes
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
@@ -212,7 +213,9 @@ def test_summary_and_words(tmp_path: Path) -> None:
         "2 d 4 h",
     ]
     assert (format_large(3145728), format_large(950)) == ("3.15 M", "950")
-    assert (format_bytes(12), format_bytes(1.5 * 2**30)) == ("12 bytes", "1.5 GiB")
+    assert (format_bytes(12), format_bytes(1.5e9)) == ("12 bytes", "1.5 GB")
+    for power in range(0, 50, 3):  # a size looks the same wherever it is shown
+        assert format_bytes(2**power) == show_bytes(2**power)
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(RunError, match=r"summary\.json"):
         read_summary(tmp_path)

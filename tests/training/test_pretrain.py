@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qiusuo.data.loader import Loader
-from qiusuo.engine.language_model import load
+from qiusuo.engine.loading import load
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log

@@ -8,11 +8,13 @@ from pathlib import Path
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.gguf.file import write_gguf
 from qiusuo.checkpoint.huggingface import write_huggingface
-from qiusuo.checkpoint.stored import Checkpoint, Progress
-from qiusuo.checkpoint.tensors import layer_of
+from qiusuo.checkpoint.inventory import check_inventory
+from qiusuo.checkpoint.stored import Checkpoint, Progress, kept_kind
+from qiusuo.checkpoint.tensors import EMBEDDING
+from qiusuo.model.names import layer_of
 
-HUGGINGFACE_KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp8": "F8_E4M3"}
-GGUF_KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "q8_0"}
+PLAIN_KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+KINDS = {"hf": PLAIN_KINDS | {"fp8": "F8_E4M3"}, "gguf": PLAIN_KINDS | {"q8_0": "Q8_0"}}
 
 
 def export(
@@ -30,23 +32,22 @@ def export(
     ``dtype=None`` keeps the type the weights are stored in, bfloat16 if that is a quantised one.
     ``mtp=False`` leaves the MTP modules out. What stands at ``place`` is replaced whole or not at
     all; CheckpointError where that is no model, or this one cannot be written so."""
-    kinds = {"hf": HUGGINGFACE_KINDS, "gguf": GGUF_KINDS}
-    if format not in kinds:
-        raise CheckpointError(f"format {format!r} is not written; expected {' or '.join(kinds)}")
-    if dtype is not None and dtype not in kinds[format]:
-        known = ", ".join(kinds[format])
+    if format not in KINDS:
+        raise CheckpointError(f"format {format!r} is not written; expected {' or '.join(KINDS)}")
+    if dtype is not None and dtype not in KINDS[format]:
+        known = ", ".join(KINDS[format])
         raise CheckpointError(f"dtype {dtype!r} is not written as {format}; expected {known}")
     if (format == "gguf") != (Path(place).suffix == ".gguf"):
         expected = "a file NAME.gguf" if format == "gguf" else "a folder; for a file ask for gguf"
         raise CheckpointError(f"{place}: the format {format} is written to {expected}")
     if not mtp:
         checkpoint = without_mtp(checkpoint)
+    if dtype is None and EMBEDDING not in checkpoint.tensors:
+        check_inventory(checkpoint)  # has the words for it
+    kind = KINDS[format][dtype] if dtype else kept_kind(checkpoint.tensors[EMBEDDING].kind)
     if format == "hf":
-        kind = None if dtype is None else HUGGINGFACE_KINDS[dtype]
         return write_huggingface(checkpoint, place, kind, progress=progress)
-    return write_gguf(
-        checkpoint, Path(place), GGUF_KINDS[dtype or _own_dtype(checkpoint)], progress
-    )
+    return write_gguf(checkpoint, Path(place), kind.lower(), progress)
 
 
 def without_mtp(checkpoint: Checkpoint) -> Checkpoint:
@@ -56,8 +57,3 @@ def without_mtp(checkpoint: Checkpoint) -> Checkpoint:
     tensors = {n: tensor for n, tensor in checkpoint.tensors.items() if layer_of(n) < layers}
     config = dataclasses.replace(config, num_nextn_predict_layers=0)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
-
-
-def _own_dtype(checkpoint: Checkpoint) -> str:
-    kind = checkpoint.tensors["model.embed_tokens.weight"].kind
-    return {"F32": "float32", "F16": "float16"}.get(kind, "bfloat16")

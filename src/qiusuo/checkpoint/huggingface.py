@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,44 @@ from qiusuo.checkpoint.fp8 import (
     quantize,
 )
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
-from qiusuo.checkpoint.load import ROUTER_BIAS, check_copies, checkpoint_of, load_model
-from qiusuo.checkpoint.safetensors_format import (
+from qiusuo.checkpoint.load import check_copies, checkpoint_of, load_model
+from qiusuo.checkpoint.safetensors_format import FileTensor, Outgoing, read_header, write_file
+from qiusuo.checkpoint.stored import (
     DTYPES,
-    FileTensor,
-    Outgoing,
-    read_header,
-    write_file,
+    KINDS,
+    Checkpoint,
+    Progress,
+    StoredTensor,
+    chunks,
+    kept_kind,
+    narrowed,
 )
-from qiusuo.checkpoint.stored import KINDS, Checkpoint, Progress, StoredTensor, chunks
-from qiusuo.checkpoint.tensors import EMBEDDING, copies, mtp_copies, natural
+from qiusuo.checkpoint.tensors import EMBEDDING, copies, mtp_copies
+from qiusuo.data.hub_listing import CONFIGURATION, PAPERS, PICKLES
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.checks import ConfigError
 from qiusuo.model.config import ModelConfig
-from qiusuo.model.families import config_from_hf, read_config_json
+from qiusuo.model.cost import ROUTER_BIAS
+from qiusuo.model.families import config_from_file, config_from_hf, read_config_json
+from qiusuo.model.names import natural
 from qiusuo.model.transformer import Transformer
 
 SHARD_BYTES = 4 << 30
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Tables that old Llama files carry though they follow from the config.
 _DERIVED = ".rotary_emb.inv_freq"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WRITABLE = ("F32", "BF16", "F16", "F8_E4M3")
+# What may stand in a folder that is replaced: what is written here, and what comes with models.
+_REPLACEABLE = (
+    SINGLE_FILE,
+    "model-?????-of-?????.safetensors",
+    *CONFIGURATION,
+    *PAPERS,
+    "NOTICE*",
+    "USE_POLICY*",
+    ".gitattributes",
+    ".pulled.json",
+)
 
 
 def save_huggingface(
@@ -83,13 +102,21 @@ def open_huggingface(folder: str | Path) -> Checkpoint:
 
 def _with_all_ends(config: ModelConfig, folder: Path) -> ModelConfig:
     """Tuned models often name the end of a turn in generation_config.json alone."""
-    try:
-        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):  # optional, and so is all that it holds
+    file = folder / "generation_config.json"
+    if not file.is_file():
         return config
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not {type(raw).__name__}")
+    ends = raw.get("eos_token_id")
+    new = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and end >= 0 for end in new):
+        raise CheckpointError(f"{file}: eos_token_id must be the number of a token, not {ends!r}")
     said = config.eos_token_id
     known = [] if said is None else list(said) if isinstance(said, tuple) else [said]
-    new = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
     every = list(dict.fromkeys(known + new))
     if every == known:
         return config
@@ -101,11 +128,17 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / INDEX_FILE
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if index.is_file():
-        return _sharded_tensors(folder, _read_index(index))
-    if (folder / SINGLE_FILE).is_file():
-        return dict(read_header(folder / SINGLE_FILE))
+        weight_map = _read_index(index)
+        if single.is_file() and set(weight_map.values()) != {SINGLE_FILE}:
+            raise CheckpointError(
+                f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, which names other files: "
+                f"transformers would read {SINGLE_FILE} alone; remove the one that is not meant"
+            )
+        return _sharded_tensors(folder, weight_map)
+    if single.is_file():
+        return dict(read_header(single))
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -159,17 +192,18 @@ def write_huggingface(
     """Write config.json, safetensors and the tokenizer.
 
     ``kind``: "F32", "BF16", "F16", "F8_E4M3" (the rest then in bf16), or None for the type the
-    embedding is stored in. Router biases stay float32; MTP modules get their copies of embedding
-    and head. The folder is replaced whole or not at all; one that holds something other than a
-    model is left alone, with a CheckpointError."""
+    embedding is stored in, BF16 if that is a quantised one. Router biases stay float32; MTP
+    modules get their copies of embedding and head. The folder is replaced whole or not at all; one
+    that holds anything other than a model is left alone, with a CheckpointError."""
+    if kind is not None and kind not in WRITABLE:
+        raise CheckpointError(f"kind {kind!r} is not written; expected {', '.join(WRITABLE)}")
     folder = Path(folder)
     _check_place(folder)
     check_inventory(checkpoint)
     tokenizer = checkpoint.read_tokenizer()
     check_tokenizer(checkpoint, tokenizer)
     check_copies(checkpoint, checkpoint.tensors)
-    kind = kind or checkpoint.tensors[EMBEDDING].kind
-    kind = kind if kind in DTYPES else "BF16"
+    kind = kind or kept_kind(checkpoint.tensors[EMBEDDING].kind)
     with replacing_folder(folder) as draft:
         _write_configs(draft, checkpoint, kind)
         outgoing = [piece for pair in _sources(checkpoint) for piece in _outgoing(*pair, kind)]
@@ -183,13 +217,24 @@ def _check_place(folder: Path) -> None:
     """Writing replaces a whole folder: not one that holds a run, or someone's home."""
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder for the model")
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not found:
         return
-    if found := sorted(path.name for path in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} holds no model but {', '.join(found[:3])}{' ...' if found[3:] else ''}; "
-            "saving would replace it all: give a new or empty folder"
-        )
+    remedy = "saving would replace it all: give a new or empty folder"
+    model = (folder / "config.json").is_file()
+    others = [path.name for path in found if not (model and _is_replaceable(path))]
+    if others:
+        what = "beside a model" if model else "no model but"
+        listed = ", ".join(others[:3]) + (" ..." if others[3:] else "")
+        raise CheckpointError(f"{folder} holds {what} {listed}; {remedy}")
+    try:
+        config_from_file(folder)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} holds no model ({error}); {remedy}") from error
+
+
+def _is_replaceable(path: Path) -> bool:
+    return path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _REPLACEABLE)
 
 
 def _write_configs(folder: Path, checkpoint: Checkpoint, kind: str) -> None:
@@ -221,7 +266,7 @@ def _outgoing(name: str, source: StoredTensor, kind: str) -> Iterator[Outgoing]:
 
     def pieces() -> Iterator[Tensor]:
         for _, rows in chunks(source):
-            yield rows.to(DTYPES[kind])
+            yield narrowed(rows, DTYPES[kind], source.place)
 
     yield Outgoing(name, kind, source.shape, pieces)
 

@@ -9,15 +9,23 @@ import difflib
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.stored import Checkpoint
-from qiusuo.checkpoint.tensors import copies, disk_shapes, layer_of, natural
+from qiusuo.checkpoint.tensors import copies, disk_shapes
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.deepseek_config import DeepseekConfig
+from qiusuo.model.names import is_number, layer_of, natural
 
 SHOWN = 5
+SHOWN_CHARACTERS = 200
+# A difference between config and files of so many tensors is spelt out name by name.
+SPELT_OUT = 100_000
+# What safetensors can hold and what are no weights, whatever their name.
+NO_WEIGHTS = ("I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E5M2")
 
 
 def check_inventory(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError naming what is missing, surplus or of the wrong shape."""
+    """Raises CheckpointError naming what is missing, surplus, of the wrong shape or no weight."""
+    _check_counts(checkpoint)
     shapes, config = disk_shapes(checkpoint.config), checkpoint.config
     repeated = copies(config)
     found = set(checkpoint.tensors)
@@ -29,6 +37,11 @@ def check_inventory(checkpoint: Checkpoint) -> None:
         raise CheckpointError("\n".join([*lines, *_hint(config, missing, surplus, found)]))
     expected = shapes | {copy: shapes[original] for copy, original in repeated.items()}
     held = {name: checkpoint.tensors[name] for name in expected if name in found}
+    for tensor in held.values():
+        if tensor.kind in NO_WEIGHTS:
+            raise CheckpointError(
+                f"{tensor.place} is stored as {tensor.kind}, which is no type of weights"
+            )
     wrong = [name for name, tensor in held.items() if tensor.shape != expected[name]]
     if wrong:
         lines = [f"{checkpoint.place} has tensors of other shapes than its config says:"]
@@ -38,6 +51,27 @@ def check_inventory(checkpoint: Checkpoint) -> None:
         ]
         lines += [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         raise CheckpointError("\n".join(lines))
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """A config that counts far more layers and experts than the files hold: told from the counts
+    alone, because its names would fill the memory."""
+    config, found = checkpoint.config, checkpoint.tensors
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    experts = config.n_routed_experts if isinstance(config, DeepseekConfig) else 0
+    if layers * (1 + 3 * experts) <= SPELT_OUT + 4 * len(found):
+        return
+    last, most = max(map(layer_of, found), default=-1), max(map(_expert_of, found), default=-1)
+    raise CheckpointError(
+        f"{checkpoint.place} does not hold what its config says: that counts {layers} layers "
+        f"(num_hidden_layers and num_nextn_predict_layers) of {experts} experts "
+        f"(n_routed_experts), and the files go on to layer {last} and expert {most}, counted from 0"
+    )
+
+
+def _expert_of(name: str) -> int:
+    number = name.partition(".experts.")[2].partition(".")[0]
+    return int(number) if is_number(number) else -1
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
@@ -54,8 +88,9 @@ def _listed(kind: str, names: list[str], others: list[str]) -> list[str]:
     lines = []
     for name in names[:SHOWN]:
         layer = [other for other in others if layer_of(other) == layer_of(name)]
-        near = difflib.get_close_matches(name, layer, 1)
-        lines.append(f"  {kind}: {name}" + (f" (nearest: {near[0]})" if near else ""))
+        near = difflib.get_close_matches(name[:SHOWN_CHARACTERS], layer, 1)
+        nearest = f" (nearest: {near[0]:.{SHOWN_CHARACTERS}})" if near else ""
+        lines.append(f"  {kind}: {name:.{SHOWN_CHARACTERS}}{nearest}")
     if len(names) > SHOWN:
         lines.append(f"  {kind}: and {len(names) - SHOWN} more")
     return lines

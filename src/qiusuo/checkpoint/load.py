@@ -14,7 +14,16 @@ from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_inventory
-from qiusuo.checkpoint.stored import Checkpoint, MemoryTensor, Progress, StoredTensor, chunks
+from qiusuo.checkpoint.stored import (
+    DTYPES,
+    Checkpoint,
+    MemoryTensor,
+    Progress,
+    StoredTensor,
+    chunks,
+    kept_kind,
+    narrowed,
+)
 from qiusuo.checkpoint.tensors import (
     EMBEDDING,
     copies,
@@ -23,12 +32,16 @@ from qiusuo.checkpoint.tensors import (
     meta_state,
     mtp_copies,
 )
+from qiusuo.data.cache import show_bytes
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.model.cost import available_memory
+from qiusuo.model.cost import ROUTER_BIAS, available_memory, meta_model, needed_bytes
 from qiusuo.model.transformer import Transformer
 
-ROUTER_BIAS = "e_score_correction_bias"  # float32 whatever the weights are
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float32}
+
+def loaded_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type a model is loaded in where none is asked for: as the embedding is stored,
+    bfloat16 if that is a quantised one."""
+    return DTYPES[kept_kind(checkpoint.tensors[EMBEDDING].kind)]
 
 
 def load_model(
@@ -38,17 +51,17 @@ def load_model(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Transformer:
-    """``dtype=None`` takes the type the embedding is stored in, bfloat16 if that is a quantised
-    one. Raises CheckpointError for a checkpoint that contradicts its config, and where the machine
-    has not the memory for it."""
+    """``dtype=None``: see ``loaded_dtype``. Raises CheckpointError for a checkpoint that
+    contradicts its config, where the machine has not the memory for it, and for a number that is
+    too large for ``dtype``."""
     check_inventory(checkpoint)
-    dtype = dtype or _DTYPES.get(checkpoint.tensors[EMBEDDING].kind, torch.bfloat16)
+    dtype = dtype or loaded_dtype(checkpoint)
     device, config = torch.device(device), checkpoint.config
     shapes = meta_state(config)
     types = {name: torch.float32 if name.endswith(ROUTER_BIAS) else dtype for name in shapes}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    needed = sum(shape.numel() * types[name].itemsize for name, shape in shapes.items())
+    needed = needed_bytes(config, dtype)
     if device.type == "cpu":
         _check_memory(checkpoint, dtype, needed)
     state = {
@@ -58,8 +71,9 @@ def load_model(
     done = 0
     for name, part in disk_layout(config, state):
         target = part.of(state)
-        for start, rows in chunks(checkpoint.tensors[name]):
-            target[start : start + len(rows)].copy_(rows)
+        source = checkpoint.tensors[name]
+        for start, rows in chunks(source):
+            target[start : start + len(rows)].copy_(narrowed(rows, target.dtype, source.place))
             done += rows.numel() * target.itemsize
             if progress is not None:
                 progress(done, needed)
@@ -100,15 +114,14 @@ def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, needed: int) -> No
     free = available_memory()
     if needed > free:
         raise CheckpointError(
-            f"{checkpoint.place} needs {needed / 1e9:.1f} GB of memory in "
-            f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free: close other "
+            f"{checkpoint.place} needs {show_bytes(needed)} of memory in "
+            f"{str(dtype).removeprefix('torch.')}, and {show_bytes(free)} are free: close other "
             "programs, choose a smaller dtype or a smaller model"
         )
 
 
 def _assembled(checkpoint: Checkpoint, state: dict[str, Tensor]) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(checkpoint.config)
+    model = meta_model(checkpoint.config)
     if checkpoint.config.tie_word_embeddings:
         state = state | {"lm_head.weight": state[EMBEDDING]}
     model.load_state_dict(state, assign=True, strict=True)

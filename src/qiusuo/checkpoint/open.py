@@ -34,7 +34,8 @@ def find_model(reference: str | Path) -> Path:
         if pulled is None:
             raise CheckpointError(_not_there(str(reference)))
         path = pulled
-    for folder in (path / "model", path):
+    is_run = (path / "recipe.toml").is_file()  # else a model that holds another stays itself
+    for folder in (path / "model", path) if is_run else (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
     ggufs = sorted(path.glob("*.gguf"))
@@ -43,7 +44,7 @@ def find_model(reference: str | Path) -> Path:
     if ggufs:
         names = ", ".join(file.name for file in ggufs[:5])
         raise CheckpointError(f"{path} holds {len(ggufs)} .gguf files ({names}); name one of them")
-    if (path / "recipe.toml").is_file():
+    if is_run:
         raise CheckpointError(
             f"{path} is a run without a finished model: `qiusuo train --resume --run {path}`"
         )
@@ -52,15 +53,18 @@ def find_model(reference: str | Path) -> Path:
 
 def pull_model(name: str, progress: Progress | None = None) -> Path:
     """Fetch what ``name`` is, once. A catalogue's model arrives as GGUF and is converted to a
-    folder, so that it loads as any other."""
+    folder, so that it loads as any other; the folder is all that stays."""
     entry = catalogue().get(name)
     if entry is None or entry.kind != "model":
         return pull_anything(name, progress=progress)
     folder = model_folder(name)
-    if not (folder / "config.json").is_file():
-        source = pull_member(name, progress=progress)
-        with only_one(f"model-{name}"):
+    if (folder / "config.json").is_file():
+        return folder
+    with only_one(f"model-{name}"):
+        if not (folder / "config.json").is_file():  # nobody has made it meanwhile
+            source = pull_member(name, progress=progress)
             write_huggingface(open_gguf(source), folder, "BF16", progress=progress)
+            source.unlink(missing_ok=True)
     return folder
 
 

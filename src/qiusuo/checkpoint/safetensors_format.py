@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.stored import KINDS
+from qiusuo.checkpoint.stored import DTYPES
 
-DTYPES = {kind: dtype for dtype, kind in KINDS.items()} | {
+FILE_DTYPES = DTYPES | {  # what a file may hold; of these no weights are made
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -52,10 +52,10 @@ class FileTensor:
 
     @property
     def stored_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.kind].itemsize
+        return math.prod(self.shape) * FILE_DTYPES[self.kind].itemsize
 
     def rows(self, start: int, stop: int) -> Tensor:
-        dtype, width = DTYPES[self.kind], math.prod(self.shape[1:])
+        dtype, width = FILE_DTYPES[self.kind], math.prod(self.shape[1:])
         out = torch.empty((stop - start, *self.shape[1:]), dtype=dtype)
         if out.numel() == 0:
             return out
@@ -118,7 +118,7 @@ def _check_places(path: Path, tensors: dict[str, FileTensor], start: int, size: 
 def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> FileTensor:
     kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))  # no bool
-    if kind not in DTYPES or not whole:
+    if kind not in FILE_DTYPES or not whole:
         raise CheckpointError(f"{path}: {name} has type {kind!r} and shape {shape}, unknown here")
     tensor = FileTensor(path, name, kind, tuple(shape), data_start + start)
     if stop - start != tensor.stored_bytes:
@@ -152,7 +152,7 @@ class Outgoing:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.kind].itemsize
+        return math.prod(self.shape) * FILE_DTYPES[self.kind].itemsize
 
 
 def write_file(path: Path, tensors: Sequence[Outgoing], wrote: Callable[[int], None]) -> None:
@@ -175,7 +175,7 @@ def write_file(path: Path, tensors: Sequence[Outgoing], wrote: Callable[[int], N
 def _write_pieces(file: BinaryIO, tensor: Outgoing, wrote: Callable[[int], None]) -> None:
     written = 0
     for piece in tensor.pieces():
-        assert piece.dtype == DTYPES[tensor.kind], tensor.name
+        assert piece.dtype == FILE_DTYPES[tensor.kind], tensor.name
         content = piece.contiguous().view(-1).view(torch.uint8).numpy().data
         file.write(content)
         written += len(content)

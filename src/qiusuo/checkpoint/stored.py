@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.config import ModelConfig
 
@@ -95,11 +96,33 @@ def chunks(tensor: StoredTensor, row_multiple: int = 1) -> Iterator[tuple[int, T
         yield start, tensor.rows(start, min(start + step, rows))
 
 
-KINDS = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float64: "F64",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
-"""What safetensors and GGUF call the types of numbers that tensors are stored as."""
+"""The types of numbers that weights are stored as, by what safetensors and GGUF call them."""
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+def kept_kind(kind: str) -> str:
+    """What weights stored as ``kind`` are loaded and written as where nothing else is asked:
+    the same if it can be computed with, else bfloat16."""
+    return {"F64": "F32", "F32": "F32", "F16": "F16"}.get(kind, "BF16")
+
+
+def narrowed(rows: Tensor, dtype: torch.dtype, place: str) -> Tensor:
+    """``rows`` in ``dtype``. CheckpointError naming ``place`` if a finite number has become
+    infinite; NaN and infinity stay what they are."""
+    out = rows.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(rows.dtype).max and not out.isfinite().all():
+        lost = rows[~out.isfinite() & rows.isfinite()]
+        if len(lost):
+            raise CheckpointError(
+                f"{place} holds {lost[0].item():.6g}, beyond the largest number of "
+                f"{str(dtype).removeprefix('torch.')}, {torch.finfo(dtype).max:g}: choose "
+                "bfloat16 or float32"
+            )
+    return out

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.cost import meta_model
 from qiusuo.model.transformer import Transformer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -33,8 +33,7 @@ class Part:
 
 def meta_state(config: ModelConfig) -> dict[str, Tensor]:
     """Every tensor of the model in memory, with a shape and without storage."""
-    with torch.device("meta"):
-        return dict(Transformer(config).state_dict())
+    return dict(meta_model(config).state_dict())
 
 
 def memory_state(model: Transformer) -> dict[str, Tensor]:
@@ -80,15 +79,3 @@ def copies(config: ModelConfig) -> dict[str, str]:
     """Names that a checkpoint may hold beside the layout's, and what each must be equal to."""
     tied = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
     return dict(mtp_copies(config)) | tied
-
-
-def layer_of(name: str) -> int:
-    """The layer a tensor belongs to; -1 for those outside the layers."""
-    parts = name.split(".")
-    numbered = len(parts) > 2 and parts[:2] == ["model", "layers"] and parts[2].isdecimal()
-    return int(parts[2]) if numbered else -1
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A key to sort names by: layer 2 before layer 10."""
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]

@@ -44,8 +44,8 @@ def only_one(name: str, cache: Path | None = None) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(
-                    f"{name} is being fetched by another process just now: wait until it is done, "
-                    f"or stop it, and try again (what it has fetched is kept)"
+                    f"{name} is being fetched or converted by another process just now: wait until "
+                    f"it is done, or stop it, and try again (what it has fetched is kept)"
                 ) from error
         yield
 

@@ -1,6 +1,7 @@
 """Messages to the text a model was trained to see, through the template that came with it.
 
-A chat template is a Jinja program shipped with the weights, so it is run in a sandbox. The same
+A chat template is a Jinja program shipped with the weights, so it is run in a sandbox, within
+limits of time and memory (template_limits.py). The same
 environment as elsewhere (trimmed blocks, `tojson` that leaves Chinese alone, `raise_exception`,
 `strftime_now`, loop controls, `{% generation %}`) lets other models' templates run unchanged: the
 official ones come out byte for byte as transformers writes them (tests/conformance/).
@@ -59,6 +60,8 @@ def render_chat(
     """
     import jinja2
 
+    from qiusuo.data.template_limits import limited
+
     check_messages(messages)
     tokens = {"bos_token": bos_token, "eos_token": eos_token}
     known: dict[str, Any] = {
@@ -72,7 +75,8 @@ def render_chat(
         "tools": list(tools) if tools else None,
     }
     try:
-        return _compile(template).render(known)
+        with limited():
+            return _render(template, known)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
@@ -112,6 +116,12 @@ def _as_tested(message: Message, template: str) -> dict[str, Any]:
     return present
 
 
+def _render(template: str, known: Mapping[str, Any]) -> str:
+    from qiusuo.data.template_limits import joined
+
+    return joined(_compile(template).generate(known))
+
+
 @functools.lru_cache(maxsize=32)
 def _compile(template: str) -> jinja2.Template:
     return _environment().from_string(template)
@@ -122,8 +132,9 @@ def _environment() -> jinja2.Environment:
     import jinja2.ext
     import jinja2.nodes
     import jinja2.parser
-    import jinja2.sandbox
     import jinja2.utils
+
+    from qiusuo.data.template_limits import LimitedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's part for other trainers; here it is its body."""
@@ -147,12 +158,13 @@ def _environment() -> jinja2.Environment:
                 raise jinja2.exceptions.SecurityError(f"a template cannot set {name!r}")
             super().__setitem__(name, value)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", Generation],
     )
     environment.filters["tojson"] = _to_json
+    environment.limit_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = Namespace
@@ -167,13 +179,12 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # The order of the options is that of transformers; a template may give them by place.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    from qiusuo.data.template_limits import joined
+
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    return joined(encoder.iterencode(value))
 
 
 def _strftime_now(form: str) -> str:

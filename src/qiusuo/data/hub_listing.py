@@ -34,7 +34,7 @@ CONFIGURATION = (
     "*.safetensors.index.json",
 )
 WEIGHTS = ("*.safetensors", "*.gguf")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NEVER = (*PICKLES, "*.py")
 
 

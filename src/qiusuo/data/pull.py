@@ -96,7 +96,8 @@ def pull(name: str, *, cache: Path | None = None, progress: Progress | None = No
 def pull_member(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """The .gguf file of a model of the catalogue, out of its archive, fetched if need be.
 
-    `progress` follows the download. Raises as `pull` and `unpack_member` do.
+    The archive goes when the file is out of it. `progress` follows the download. Raises as `pull`
+    and `unpack_member` do.
     """
     entry = find_fetched(name)
     if entry.kind != "model":
@@ -105,7 +106,10 @@ def pull_member(name: str, *, cache: Path | None = None, progress: Progress | No
     if not _is_right(target, entry.member_bytes, entry.member_sha256):
         archive = pull(name, cache=cache, progress=progress)
         with only_one(target.name, cache):
-            unpack_member(entry, archive, target)
+            if not _is_right(target, entry.member_bytes, entry.member_sha256):
+                unpack_member(entry, archive, target)
+            with disk_errors(archive):
+                archive.unlink(missing_ok=True)
     return target
 
 

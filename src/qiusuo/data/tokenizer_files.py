@@ -33,12 +33,15 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     # Saved training settings; they would cut or pad what is encoded here.
     backend.no_truncation()
     backend.no_padding()
-    config = _read_config(file.parent / "tokenizer_config.json")
-    fields: dict[str, Any] = {name: _named_token(config, name, backend) for name in OURS}
-    fields["add_bos_token"] = config.get("add_bos_token")
+    place = file.parent / "tokenizer_config.json"
+    config = _read_config(place)
+    fields: dict[str, Any] = {name: _named_token(config, name, backend, place) for name in OURS}
+    fields["add_bos_token"] = add_bos = config.get("add_bos_token")
+    if not isinstance(add_bos, bool | None):
+        raise DataError(f"{place}: add_bos_token must be true or false, not {add_bos!r:.80}")
     template = file.parent / "chat_template.jinja"
     fields["chat_template"] = (
-        template.read_text(encoding="utf-8") if template.is_file() else _config_template(config)
+        _read_template(template) if template.is_file() else _config_template(config, place)
     )
     length = config.get("model_max_length")
     # Hugging Face writes 10^30 for "no limit".
@@ -66,31 +69,50 @@ def _read_config(file: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{file} must hold a JSON object, not {type(config).__name__}")
     return config
 
 
-def _named_token(config: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer) -> str | None:
+def _named_token(
+    config: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer, place: Path
+) -> str | None:
     """The spelling that the config gives; where it is silent, ours if the vocabulary has it."""
     if name not in config:
         return OURS[name] if backend.token_to_id(OURS[name]) is not None else None
     token = config[name]
     if isinstance(token, dict):  # {"__type": "AddedToken", "content": ...}
         token = token.get("content")
+    if not isinstance(token, str | None):
+        raise DataError(f"{place}: {name} must be a token's text, not {token!r:.80}")
     if token is not None and backend.token_to_id(token) is None:
         raise DataError(
-            f"tokenizer_config.json names {token!r} as its {name}, which tokenizer.json does not "
+            f"{place} names {token!r} as its {name}, which tokenizer.json does not "
             "know; the two files belong to different tokenizers"
         )
     return token
 
 
-def _config_template(config: Mapping[str, Any]) -> str | None:
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise DataError(f"{file} is not UTF-8: {error}") from error
+
+
+def _config_template(config: Mapping[str, Any], place: Path) -> str | None:
     """The template of a config; of several named ones, the one called default."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    said = template = config.get("chat_template")
+    if isinstance(said, list):
+        try:
+            template = {entry["name"]: entry["template"] for entry in said}.get("default")
+        except (TypeError, KeyError) as error:
+            raise DataError(
+                f"{place}: chat_template must be a text or a list of objects with a name and a "
+                f"template, not {said!r:.80}"
+            ) from error
+    if not isinstance(template, str | None):
+        raise DataError(f"{place}: chat_template must be a text, not {template!r:.80}")
     return template

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Grammars:
         self.never_W[[token for token in never if token < vocab_size]] = True
         self.never_W[tokenizer.vocab_size :] = True  # rows of padding
         self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def matcher(self, constraint: Constraint) -> Matcher:
         """A matcher at the start of an answer.
@@ -76,12 +78,15 @@ class Grammars:
         Raises DataError, with the reason, for a grammar that is faulty, unsatisfiable or not
         supported, and for one of which this vocabulary cannot write the first character."""
         grammar = self._grammar(constraint)
-        if grammar not in self._compiled:
-            self._compiled[grammar] = self._compile(constraint.kind, grammar)
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            compiled = self._compile(constraint.kind, grammar)
+        with self._lock:  # and not while compiling: others need not wait for a large one
+            self._compiled[grammar] = compiled
+            self._compiled.move_to_end(grammar)
             while len(self._compiled) > MOST_COMPILED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return Matcher(self, self._compiled[grammar].deep_copy())
+            return Matcher(self, compiled.deep_copy())
 
     def _grammar(self, constraint: Constraint) -> str:
         """The constraint in the library's own form."""

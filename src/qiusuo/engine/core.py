@@ -14,13 +14,16 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qiusuo.engine.disk_prefix import DiskPrefix, model_mark
 from qiusuo.engine.drafting import Drafter, NoDrafter, Pass
 from qiusuo.engine.paged_cache import PAGE_TOKENS, PagedCache, PagedGroup
 from qiusuo.engine.pages import PagePool
+from qiusuo.engine.report import Statistics
 from qiusuo.engine.request import Request, RequestError, Sequence, check_tokens
 from qiusuo.engine.sampler import BadLogits, Drawn, Row, draw, token_logprobs
 from qiusuo.engine.scheduler import Scheduler, Work
@@ -36,24 +39,9 @@ STEP_TOKENS = 256
 MAX_RUNNING = 64
 Drawing = tuple[Sequence, int, tuple[int, ...]]  # who draws, from which row, its drafts from there
 CACHE_SHARE = 0.3  # of the free memory, where no one says how much
+PREFIX_BYTES = 4 << 30
 FIXED_ROWS = 16
 FEW_SHARED = 16  # queries for which a dense model's heads are rows of one product
-
-
-@dataclass
-class Statistics:
-    """Since the engine began. ``tokens``: computed in passes, drafts too. ``drafted`` and
-    ``accepted``: draft tokens tried, and taken. ``cached_tokens``: found in the cache whenever a
-    sequence began or went on."""
-
-    passes: int = 0
-    tokens: int = 0
-    drawn: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    preempted: int = 0
-    cached_tokens: int = 0
-    prompt_tokens: int = 0
 
 
 @dataclass
@@ -61,13 +49,16 @@ class Limits:
     """``cache_bytes``: None takes a share of what is free. ``absorbed_below``: up to how many new
     tokens a sequence attends in the form for few queries; None: by the arithmetic of both.
     ``batch_invariant``: the same bits for a token whatever runs beside it and however its prompt
-    is cut, in any precision, at a cost (benchmarks/invariance.py)."""
+    is cut, in any precision, at a cost (benchmarks/invariance.py). ``prefix_folder``: beginnings
+    are kept there too, in files of ``prefix_disk_bytes`` in all (``Engine.keep_on_disk``)."""
 
     cache_bytes: int | None = None
     page_tokens: int = PAGE_TOKENS
     step_tokens: int = STEP_TOKENS
     max_running: int = MAX_RUNNING
     prefix_cache: bool = True
+    prefix_folder: Path | None = None
+    prefix_disk_bytes: int = PREFIX_BYTES
     absorbed_below: int | None = None
     batch_invariant: bool = False
 
@@ -75,21 +66,35 @@ class Limits:
         for name in ("page_tokens", "step_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.prefix_folder is not None and not self.prefix_cache:
+            raise ValueError("prefix_folder keeps what prefix_cache finds: do not switch that off")
 
 
 class Engine:
-    """Not for several threads at once: whoever drives ``step`` owns it."""
+    """Not for several threads at once: whoever drives ``step`` owns it. ``draft_model`` has a cache
+    beside the model's, on the same pages and out of the same memory."""
 
     def __init__(
-        self, model: Transformer, limits: Limits | None = None, drafter: Drafter | None = None
+        self,
+        model: Transformer,
+        limits: Limits | None = None,
+        drafter: Drafter | None = None,
+        draft_model: Transformer | None = None,
     ) -> None:
         self.model, self.limits = model.eval(), limits or Limits()
-        weight = model.model.embed_tokens.weight
-        self.device, dtype, config = weight.device, weight.dtype, model.config
+        self.models = [model] if draft_model is None else [model, draft_model.eval()]
+        weights = [one.model.embed_tokens.weight for one in self.models]
+        self.device, config = weights[0].device, model.config
         size = self.limits.page_tokens
-        self.page_bytes = page_bytes = PagedCache.page_bytes(config, dtype, size)
-        pages = self._cache_bytes(page_bytes) // page_bytes
-        self.cache = PagedCache(config, pages, dtype, self.device, size)
+        self.page_bytes = sum(
+            PagedCache.page_bytes(one.config, weight.dtype, size)
+            for one, weight in zip(self.models, weights, strict=True)
+        )
+        pages = self._cache_bytes(self.page_bytes) // self.page_bytes
+        self.cache, *self.cache.beside = (
+            PagedCache(one.config, pages, weight.dtype, weight.device, size)
+            for one, weight in zip(self.models, weights, strict=True)
+        )
         self.pool = PagePool(pages)
         self.scheduler = Scheduler(
             self.cache, self.pool, self.limits.step_tokens, self.limits.max_running
@@ -120,6 +125,30 @@ class Engine:
         """Tokens of one sequence that the model and the cache have room for."""
         kept = self.pool.count * self.cache.page_tokens
         return min(self.model.config.max_position_embeddings, kept)
+
+    def describe(self) -> str:
+        """One line for people: what the cache takes and holds."""
+        tokens, taken = self.pool.count * self.cache.page_tokens, self.pool.count * self.page_bytes
+        why = "a share of the free memory" if self.limits.cache_bytes is None else "as told"
+        disk = self.scheduler.disk
+        kept = "" if disk is None else f", beginnings kept in {disk.folder}"
+        return (
+            f"cache: {taken / 1e6:,.1f} MB ({why}), {self.pool.count:,} pages of "
+            f"{self.cache.page_tokens}: {tokens:,} tokens; longest context {self.capacity:,}{kept}"
+        )
+
+    def keep_on_disk(self, beside: str = "") -> None:
+        """Find beginnings in ``limits.prefix_folder`` too, and keep them there; nothing without
+        one. ``beside``: what a cache depends on beside the models, such as the tokenizer.
+        RequestError for a folder that cannot be written."""
+        limits = self.limits
+        if limits.prefix_folder is None:
+            return
+        mark = model_mark(
+            self.models, limits.page_tokens, f"{beside} invariant={limits.batch_invariant}"
+        )
+        folder, most = Path(limits.prefix_folder), limits.prefix_disk_bytes
+        self.scheduler.disk = DiskPrefix(folder, most, mark, self.cache)
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -181,6 +210,7 @@ class Engine:
             own[name].copy_(tensor)
         self._absorb()
         self.pool.forget()
+        self.scheduler.disk = None  # its mark was another model's
         for sequence in self.scheduler.running:
             sequence.outdated = True
         self.version += 1
@@ -188,9 +218,10 @@ class Engine:
 
     def _absorb(self) -> None:
         """What is derived from the weights for decoding."""
-        for block in (*self.model.model.main_blocks, *self.model.model.mtp_blocks):
-            if isinstance(block.self_attn, MultiHeadLatentAttention):
-                block.self_attn.absorb()
+        for model in self.models:
+            for block in (*model.model.main_blocks, *model.model.mtp_blocks):
+                if isinstance(block.self_attn, MultiHeadLatentAttention):
+                    block.self_attn.absorb()
 
     # -- one pass ---------------------------------------------------------------------------
 
@@ -201,20 +232,23 @@ class Engine:
         plan = self.scheduler.plan()
         self.statistics.preempted = self.scheduler.preempted
         self.statistics.cached_tokens = self.scheduler.found
+        self.statistics.disk_tokens = self.scheduler.from_disk
         if not plan:
             return touched
         began = time.perf_counter()
         done = self._forward(plan)
         try:
             touched += self._answer(done)
-        except BaseException:  # of a listener: everyone else goes on
+            done.seconds = time.perf_counter() - began
+            self.statistics.count(done)
+            self.drafter.observe(done)
+            # Only now: a page also holds what the drafter keeps.
+            for work, before in zip(done.plan, done.lengths, strict=True):
+                if self.limits.prefix_cache:
+                    self.scheduler.publish(work.sequence, before)
+        except BaseException:  # of a listener, or a key pressed: everyone else goes on
             self._mend()
             raise
-        done.seconds = time.perf_counter() - began
-        for sequence, before in zip((w.sequence for w in done.plan), done.lengths, strict=True):
-            if self.limits.prefix_cache:
-                self.scheduler.publish(sequence, before)
-        self.drafter.observe(done)
         for sequence in touched:
             if sequence.finish_reason is not None:
                 self.scheduler.remove(sequence)
@@ -313,6 +347,7 @@ class Engine:
             self.pool.hold(sequence.pages)
             sibling.pages, sibling.length = list(sequence.pages), sequence.length
             sibling.cached_tokens = sequence.length
+            sibling.outdated = sequence.outdated
             sibling.prompt_drawn, sibling.experts = sequence.prompt_drawn, list(sequence.experts)
             self.scheduler.running.append(sibling)
         return [sequence, *sequence.siblings]

@@ -72,6 +72,7 @@ def drafting(done: Pass) -> list[Sequence]:
         and work.sequence.pending == 1
         and work.sequence.matcher is None  # a constraint is asked token by token
         and not work.sequence.forced
+        and not work.sequence.siblings  # a fork must not share pages that drafts are written to
     ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,90 +16,46 @@ from torch import Tensor
 from qiusuo.checkpoint.export import export
 from qiusuo.checkpoint.load import checkpoint_of
 from qiusuo.data.chat_template import Message as GivenMessage
-from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.answer_events import Event, Kind
-from qiusuo.engine.answer_stream import AnswerStream
-from qiusuo.engine.answering import Answering
-from qiusuo.engine.constraint import Constraint, Grammars, Matcher
+from qiusuo.engine.answer_events import Event
+from qiusuo.engine.answering import OnEvent
+from qiusuo.engine.asking import Asked, Completion, Message, T, prepare_chat, prepare_text
+from qiusuo.engine.constraint import Constraint, Grammars
 from qiusuo.engine.core import Engine, Limits
 from qiusuo.engine.drafting import Drafter, NgramDrafter
+from qiusuo.engine.model_drafting import ModelDrafter
 from qiusuo.engine.mtp_drafting import MTPDrafter
-from qiusuo.engine.request import Request, RequestError, check_tokens
+from qiusuo.engine.request import EngineError, RequestError, check_tokens
 from qiusuo.engine.request import Sequence as Answer
-from qiusuo.engine.sampler import Drawn
-from qiusuo.engine.sampling import Sampling
-from qiusuo.engine.tool_calls import format_of
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
 
 # T tokens, W vocabulary.
 
 DRAFTS = ("auto", "mtp", "ngram", "none")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """``text`` leaves out the end token; ``token_ids`` and ``logprobs`` have it. ``drawn`` and
-    ``prompt_drawn``: the likeliest alternatives, where asked for. ``versions``: of the weights, for
-    each token. ``experts``: the routers' choices [tokens, MoE layers, K] of prompt and answer but
-    for the last token, where asked for."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    drawn: list[Drawn] = field(default_factory=list, repr=False)
-    prompt_drawn: list[Drawn] = field(default_factory=list, repr=False)
-    versions: list[int] = field(default_factory=list, repr=False)
-    experts: Tensor | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a turn. ``cached_tokens`` of the prompt were found in the cache."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Message:
-    """A model's turn of a conversation. ``reasoning_content`` is its thought without the marks,
-    None where it had none; ``tool_calls`` as OpenAI's and DeepSeek's API write them."""
-
-    content: str
-    reasoning_content: str | None
-    tool_calls: list[dict[str, Any]]
-    token_ids: list[int]
-    finish_reason: str
-    usage: Usage
-    role: str = "assistant"
-
-
-OnEvent = Callable[[Event], None]
-"""Called with each piece of a thought, an answer or a call as it comes."""
+CALL = "another call, or one whose on_event has not returned,"  # in words for EngineError
 
 
 class LanguageModel:
     """A model and its tokenizer (None where a folder has none: then token ids only).
 
     ``limits``: of the engine. ``draft``: "mtp", "ngram" or "none"; "auto" takes MTP where the
-    model has a module for it."""
+    model has a module for it; or another, smaller LanguageModel of the same vocabulary."""
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer | None,
         limits: Limits | None = None,
-        draft: str = "auto",
+        draft: str | LanguageModel = "auto",
     ) -> None:
-        if draft not in DRAFTS:
+        if isinstance(draft, LanguageModel):
+            _check_draft_model(draft, model, tokenizer)
+        elif draft not in DRAFTS:
             raise ValueError(f"draft {draft!r} is not one of {', '.join(DRAFTS)}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.limits, self.draft = limits or Limits(), draft
+        self._wheel, self._driver = threading.Lock(), ""
 
     @property
     def config(self) -> ModelConfig:
@@ -107,21 +64,48 @@ class LanguageModel:
     @cached_property
     def engine(self) -> Engine:
         """Made when it is first needed: it takes memory for its cache."""
-        engine = Engine(self.model, self.limits)
+        draft_model = self.draft.model if isinstance(self.draft, LanguageModel) else None
+        engine = Engine(self.model, self.limits, draft_model=draft_model)
         drafter = self._drafter(engine)
         if drafter is not None:
             engine.drafter = drafter
+        if self.limits.prefix_folder is not None:
+            words = "" if self.tokenizer is None else self.tokenizer.fingerprint
+            engine.keep_on_disk(f"{words} mtp={self.drafting == 'mtp'}")
         return engine
 
+    @property
+    def drafting(self) -> str:
+        """How next tokens are guessed: "mtp", "ngram", "model" or "none"."""
+        if isinstance(self.draft, LanguageModel):
+            return "model"
+        if self.draft == "auto":
+            return "mtp" if self.config.num_nextn_predict_layers > 0 else "none"
+        return self.draft
+
     def _drafter(self, engine: Engine) -> Drafter | None:
-        has_mtp = self.config.num_nextn_predict_layers > 0
-        if self.draft == "mtp" or (self.draft == "auto" and has_mtp):
-            return MTPDrafter(self.model, engine.cache)
-        return NgramDrafter() if self.draft == "ngram" else None
+        match self.drafting:
+            case "mtp":
+                return MTPDrafter(self.model, engine.cache)
+            case "model":
+                [cache] = engine.cache.beside
+                return ModelDrafter(engine.models[1], cache)
+            case "ngram":
+                return NgramDrafter()
+        return None
+
+    def describe(self) -> str:
+        """One line for people: the cache, what it holds, and how next tokens are guessed."""
+        return f"{self.engine.describe()}; drafts: {self.drafting}"
+
+    def report(self) -> dict[str, Any]:
+        """What the engine has done since it began, in figures: tokens and passes, hits in the
+        cache, and of drafts what they brought and cost."""
+        return {"drafting": self.drafting} | self.engine.statistics.told()
 
     @cached_property
     def grammars(self) -> Grammars:
-        tokenizer = self._needed_tokenizer()
+        tokenizer = self.needed_tokenizer()
         return Grammars(tokenizer, self.config.vocab_size, self.stop_ids)
 
     @torch.inference_mode()
@@ -135,7 +119,7 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[str | Sequence[int]],
         *,
         n: int = 1,
         best_of: int | None = None,
@@ -152,60 +136,24 @@ class LanguageModel:
             raise TypeError("prompts is a list: write generate([text])")
         if best_of is not None and best_of < n:
             raise RequestError(f"best_of {best_of} is less than n {n}")
-        options = Sampling(**sampling)
-        requests = [
-            Request(
-                prompt=tuple(self._encode(p)),
-                sampling=options,
-                end_ids=self.stop_ids,
-                n=best_of or n,
-                first_choice=row * (best_of or n),
-                keep_experts=keep_experts,
+        each = best_of or n
+        groups = [  # all or none
+            prepare_text(
+                self,
+                prompt,
+                {"n": each, "first_choice": row * each, "keep_experts": keep_experts},
+                constraint=constraint,
+                what=f"prompt {row}",
+                **sampling,
             )
-            for row, p in enumerate(prompts)
+            for row, prompt in enumerate(prompts)
         ]
-        for row, request in enumerate(requests):  # all or none
-            self.engine.check(request, f"prompt {row}")
-        if constraint is not None or options.stop:  # both are about text
-            self._needed_tokenizer()
-        matchers = [self._matcher(constraint) for request in requests for _ in range(request.n)]
-        groups = [self.engine.submit(request) for request in requests]
-        sequences = [sequence for group in groups for sequence in group]
-        finished = iter(list(map(self._follow_text, sequences, matchers)))
-        self._run(sequences)
         completions = []
-        for group in groups:
-            told = [self._completion(sequence, next(finished)) for sequence in group]
+        for told in self._answered(groups):
             if best_of is not None:
                 told.sort(key=lambda one: -sum(one.logprobs) / max(1, len(one.logprobs)))
             completions += told[:n]
         return completions
-
-    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
-        return None if constraint is None else self.grammars.matcher(constraint)
-
-    def _follow_text(self, sequence: Answer, matcher: Matcher | None) -> Answering | None:
-        if self.tokenizer is None:
-            return None
-        stream = AnswerStream(self.tokenizer, None, sequence.request.sampling.stop)
-        return Answering(sequence, stream, tokenizer=self.tokenizer, matcher=matcher)
-
-    def _completion(self, sequence: Answer, answering: Answering | None) -> Completion:
-        self._check_ended(sequence)
-        text = ""
-        if answering is not None:
-            answering.finish()
-            text = answering.text(Kind.CONTENT)
-        return Completion(
-            text=text,
-            token_ids=list(sequence.answer),
-            logprobs=[one.logprob for one in sequence.drawn],
-            finish_reason=sequence.finish_reason or "",
-            drawn=sequence.drawn,
-            prompt_drawn=sequence.prompt_drawn,
-            versions=sequence.versions,
-            experts=torch.cat(sequence.experts) if sequence.experts else None,
-        )
 
     # -- conversations ----------------------------------------------------------------------
 
@@ -226,44 +174,87 @@ class LanguageModel:
         ``thinking_budget`` is how many tokens it may have. ``constraint`` holds for the answer, not
         for the thought. ``on_event`` hears the answer grow. Raises DataError for messages that the
         template refuses or the context cannot hold."""
-        tokenizer = self._needed_tokenizer()
-        prompt = tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
-        if len(prompt) >= self.engine.capacity:
-            raise DataError(
-                f"the conversation has {len(prompt)} tokens and leaves no room for an answer: the "
-                f"context holds {self.engine.capacity}; shorten it, or begin anew"
-            )
-        options = Sampling(**({"max_tokens": 1024} | sampling))
-        calls = format_of(tokenizer) if tools else None
-        matcher = self._matcher(constraint)
-        [sequence] = self.engine.submit(Request(tuple(prompt), options, self.stop_ids))
-        answering = Answering(
-            sequence,
-            AnswerStream(tokenizer, tokenizer.opens_thought(prompt), options.stop, calls),
-            tokenizer=tokenizer,
+        asked = prepare_chat(
+            self,
+            messages,
+            tools=tools,
+            thinking=thinking,
             thinking_budget=thinking_budget,
-            matcher=matcher,
-            on_event=on_event,
+            constraint=constraint,
+            **sampling,
         )
-        self._run([sequence])
-        self._check_ended(sequence)
-        answering.finish()
-        return _message(sequence, answering)
+        [[message]] = self._answered([asked], on_event)
+        return message
 
-    def _run(self, sequences: list[Answer]) -> None:
-        """Drive the engine until all of these have ended; stopped midway, they are cancelled."""
+    def stream(
+        self, messages: Sequence[GivenMessage], **options: Any
+    ) -> Generator[Event, None, Message]:
+        """``chat``, with its options, as an iterator over the events of the answer. Its value (of
+        ``yield from``) is the message; closed early, the answer is cancelled. The engine goes on
+        only while some iterator is asked for more."""
+        return self._stream(prepare_chat(self, messages, **options))
+
+    def _stream(self, asked: Asked[Message]) -> Generator[Event, None, Message]:
+        heard: deque[Event] = deque()
+        with self.driving(CALL):
+            [sequence] = self.engine.submit(asked.request)
+            [answering] = asked.follow([sequence], [heard.append])
         try:
-            while any(sequence.finish_reason is None for sequence in sequences):
-                self.engine.step()
-        except BaseException:
-            for sequence in sequences:
-                self.engine.cancel(sequence)
-            raise
+            while sequence.finish_reason is None:
+                with self.driving(CALL):
+                    self.engine.step()
+                while heard:
+                    yield heard.popleft()
+        finally:
+            if sequence.finish_reason is None:
+                with self.driving(CALL):
+                    self.engine.cancel(sequence)
+        try:
+            return asked.told(sequence, answering)
+        finally:  # what was held back until the end
+            yield from heard
 
-    @staticmethod
-    def _check_ended(sequence: Answer) -> None:
-        if sequence.finish_reason == "error":
-            raise RequestError(sequence.error)
+    # -- driving the engine -----------------------------------------------------------------
+
+    def _answered(
+        self, groups: Sequence[Asked[T]], on_event: OnEvent | None = None
+    ) -> list[list[T]]:
+        """What is told of the answers to each request; stopped midway, they are cancelled."""
+        with self.driving(CALL):
+            under_way = []
+            ours: list[Answer] = []
+            try:
+                for asked in groups:
+                    sequences = self.engine.submit(asked.request)
+                    ours += sequences
+                    listeners = [on_event] * len(sequences)
+                    under_way.append((asked, sequences, asked.follow(sequences, listeners)))
+                while any(sequence.finish_reason is None for sequence in ours):
+                    self.engine.step()
+            except BaseException:
+                for sequence in ours:
+                    self.engine.cancel(sequence)
+                raise
+        return [
+            [asked.told(*pair) for pair in zip(sequences, answerings, strict=True)]
+            for asked, sequences, answerings in under_way
+        ]
+
+    @contextmanager
+    def driving(self, who: str) -> Iterator[None]:
+        """Whoever submits to the engine or steps it does so in here, and alone. EngineError, saying
+        who it is, if somebody else does at this moment."""
+        if not self._wheel.acquire(blocking=False):
+            raise EngineError(
+                f"{self._driver or 'someone else'} drives this model's engine: ask through it, or "
+                "wait until it is done; a server of many clients asks through a RunningEngine"
+            )
+        self._driver = who
+        try:
+            yield
+        finally:
+            self._driver = ""
+            self._wheel.release()
 
     # -- what it is made of -----------------------------------------------------------------
 
@@ -288,38 +279,28 @@ class LanguageModel:
     def _device(self) -> torch.device:
         return self.model.model.embed_tokens.weight.device
 
-    def _needed_tokenizer(self) -> Tokenizer:
+    def needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json: give token ids")
         return self.tokenizer
 
-    def _encode(self, text: Any) -> list[int]:
-        if not isinstance(text, str):
-            return list(text)
-        tokenizer = self._needed_tokenizer()
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text to continue, a beginning-of-text token before them."""
+        tokenizer = self.needed_tokenizer()
         return [*tokenizer.text_start, *tokenizer.encode(text)]
 
 
-def _message(sequence: Answer, answering: Answering) -> Message:
-    calls: list[dict[str, Any]] = []
-    for event in answering.events:
-        if event.kind is Kind.CALL_BEGIN:
-            function = {"name": event.name, "arguments": ""}
-            identity = f"call_{uuid.uuid4().hex[:24]}"
-            calls.append({"id": identity, "type": "function", "function": function})
-        elif event.kind is Kind.ARGUMENTS:
-            calls[-1]["function"]["arguments"] += event.text
-    reason = sequence.finish_reason or ""
-    return Message(
-        content=answering.text(Kind.CONTENT),
-        reasoning_content=answering.text(Kind.THOUGHT) or None,
-        tool_calls=calls,
-        token_ids=list(sequence.answer),
-        finish_reason="tool_calls" if calls and reason == "stop" else reason,
-        usage=Usage(
-            prompt_tokens=len(sequence.request.prompt),
-            completion_tokens=sequence.answered,
-            reasoning_tokens=answering.stream.reasoning_tokens,
-            cached_tokens=sequence.cached_tokens,
-        ),
-    )
+def _check_draft_model(
+    draft: LanguageModel, model: Transformer, tokenizer: Tokenizer | None
+) -> None:
+    """ValueError unless a token id means the same to both."""
+    words, drafted = model.config.vocab_size, draft.config.vocab_size
+    if words != drafted:
+        raise ValueError(
+            f"the draft model has a vocabulary of {drafted:,} and the model one of {words:,}: "
+            "drafts need the same"
+        )
+    if tokenizer is None or draft.tokenizer is None:
+        return
+    if tokenizer.fingerprint != draft.tokenizer.fingerprint:
+        raise ValueError("the draft model's tokenizer is not the model's: drafts need the same")

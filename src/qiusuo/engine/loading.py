@@ -12,7 +12,7 @@ from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Progress
 from qiusuo.engine.core import Limits
-from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.language_model import DRAFTS, LanguageModel
 
 
 def load(
@@ -21,14 +21,15 @@ def load(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     limits: Limits | None = None,
-    draft: str = "auto",
+    draft: str | Path | LanguageModel = "auto",
 ) -> LanguageModel:
     """Load a model: a folder in Hugging Face layout, a .gguf file, a run folder (its finished
     model), or a name that was pulled.
 
     ``dtype``: "float32", "bfloat16", "float16", or None for the type the weights were saved in
-    (bfloat16 for FP8 and quantised ones). CheckpointError for what is not there, does not fit
-    together or needs more memory than is free.
+    (bfloat16 for FP8 and quantised ones). ``draft``: as ``LanguageModel`` knows it, or another,
+    smaller model of the same vocabulary, named and loaded in the same way. CheckpointError for what
+    is not there, does not fit together or needs more memory than is free.
     """
     _check_device(device)
     wanted = _dtype(dtype)
@@ -36,6 +37,8 @@ def load(
     tokenizer = checkpoint.read_tokenizer()
     check_tokenizer(checkpoint, tokenizer)
     model = load_model(checkpoint, dtype=wanted, device=device, progress=progress)
+    if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
+        draft = load(draft, dtype, device, progress, draft="none")
     return LanguageModel(model, tokenizer, limits, draft)
 
 

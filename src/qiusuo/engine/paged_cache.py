@@ -52,6 +52,7 @@ class PagedCache:
         self.page_tokens, self.first_width = page_tokens, config.cache_parts[0]
         shape = (layers, pages, page_tokens, config.cache_width)
         self.entries_LpsZ = torch.empty(shape, dtype=dtype, device=device)
+        self.beside: list[PagedCache] = []  # other models' entries for the tokens of the same pages
 
     @staticmethod
     def page_bytes(config: ModelConfig, dtype: torch.dtype, page_tokens: int = PAGE_TOKENS) -> int:
@@ -62,13 +63,19 @@ class PagedCache:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 
+    def parts(self, page: int) -> list[Tensor]:
+        """All that a page holds: its entries [L, s, Z] here, and in the caches beside."""
+        return [cache.entries_LpsZ[:, page] for cache in (self, *self.beside)]
+
     def copy_page(self, source: int, target: int) -> None:
-        self.entries_LpsZ[:, target] = self.entries_LpsZ[:, source]
+        for to, of in zip(self.parts(target), self.parts(source), strict=True):
+            to.copy_(of)
 
     def clear_pages(self, pages: list[int]) -> None:
         """What no one may look at is multiplied by 0 all the same, and 0 times NaN is NaN."""
         for page in pages:
-            self.entries_LpsZ[:, page] = 0
+            for part in self.parts(page):
+                part.zero_()
 
     def group(
         self, sequences: Sequence[Kept], tokens: int, absorbed: bool, gather: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ class RequestError(ValueError):
     """A request that cannot be served; the message says which part and what would do."""
 
 
+class EngineError(RuntimeError):
+    """The engine cannot be used now: someone else drives it, it was stopped, or it has failed."""
+
+
 def check_tokens(config: ModelConfig, tokens: SequenceOf[int], what: str = "token_ids") -> None:
     """RequestError for no tokens, more than the context holds, or one outside the vocabulary."""
     if not tokens:
@@ -31,6 +36,14 @@ def check_tokens(config: ModelConfig, tokens: SequenceOf[int], what: str = "toke
     for token in tokens:
         if not 0 <= token < vocabulary:
             raise RequestError(f"{what}: token id {token} is outside 0..{vocabulary - 1}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,17 @@ class Request:
     deadline: float | None = None
     namespace: str = ""
     keep_experts: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n", "priority"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise RequestError(f"{name} must be a whole number, not {value!r}")
+        late = self.deadline
+        if late is not None and (not isinstance(late, int | float) or math.isnan(late)):
+            raise RequestError(f"deadline must be a time of time.monotonic(), not {late!r}")
+        if not isinstance(self.namespace, str) or not _is_unicode(self.namespace):
+            raise RequestError(f"namespace must be a text, not {self.namespace!r}")
 
     @property
     def needs_every_token(self) -> bool:

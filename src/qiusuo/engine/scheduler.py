@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from qiusuo.engine.disk_prefix import DiskPrefix
 from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.engine.pages import PagePool, first_key, next_key
 from qiusuo.engine.request import Sequence
@@ -44,7 +45,9 @@ class Scheduler:
         self.step_tokens, self.max_running = step_tokens, max_running
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.disk: DiskPrefix | None = None
         self.preempted = self.found = 0  # times, and tokens in the cache, so far
+        self.from_disk = 0  # tokens
 
     def plan(self) -> list[Work]:
         """Work for the next pass; admits, preempts, and gives every sequence in it its pages."""
@@ -93,13 +96,31 @@ class Scheduler:
             return
         size = self.cache.page_tokens
         for place in range((len(sequence.tokens) - 1) // size):
-            page = self.pool.find(self._key(sequence, place))
+            key = self._key(sequence, place)
+            page = self.pool.find(key)
+            if page is None:
+                page = self._from_disk(key)
+            elif self.disk is not None:
+                self.disk.keep(key, page)
             if page is None:
                 break
             sequence.pages.append(page)
         sequence.length = len(sequence.pages) * size
         if not sequence.answered:
             sequence.cached_tokens = sequence.length
+
+    def _from_disk(self, key: bytes) -> int | None:
+        """Hold a page for what another run left on disk, and let others find it."""
+        if self.disk is None or not self.pool.available:
+            return None
+        data = self.disk.read(key)
+        if data is None:
+            return None
+        (page,) = self.pool.take(1)
+        self.disk.restore(page, data)
+        self.pool.publish(page, key)
+        self.from_disk += self.cache.page_tokens
+        return page
 
     def _key(self, sequence: Sequence, place: int) -> bytes:
         """The key of a full page of this sequence."""
@@ -117,13 +138,15 @@ class Scheduler:
         size = self.cache.page_tokens
         for place in range(since // size, sequence.length // size):
             self.pool.publish(sequence.pages[place], self._key(sequence, place))
+            if self.disk is not None and sequence.finish_reason != "error":
+                self.disk.keep(self._key(sequence, place), sequence.pages[place])
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Pages for ``count`` more tokens; False if only others of higher rank could give them."""
-        place, size = sequence.length // self.cache.page_tokens, self.cache.page_tokens
+        place = sequence.length // self.cache.page_tokens
         missing = max(0, self.cache.pages_for(sequence.length + count) - len(sequence.pages))
         # A page that a fork has in common is copied before one of them writes on.
-        copied = sequence.length % size > 0 and self.pool.shared(sequence.pages[place])
+        copied = place < len(sequence.pages) and self.pool.shared(sequence.pages[place])
         while missing + copied > self.pool.available:
             victim = max(self.running, key=lambda s: s.rank)
             self.preempt(victim)

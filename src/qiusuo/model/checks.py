@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
 # Beyond these a config is no model's but a mistake, or made to take all memory.
 LARGEST = 2**31
 MOST_LAYERS, MOST_EXPERTS = 1024, 65536

@@ -184,7 +184,8 @@ def read_rope(raw: dict[str, Any]) -> None:
     check_table("rope_scaling", scaling)
     if parameters is not None:
         raw["rope_theta"] = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-        scaling = scaling or parameters
+        plain = {} if "type" in parameters else {"rope_type": "default"}
+        scaling = scaling or plain | dict(parameters)
     raw["rope_scaling"] = read_scaling(scaling) if scaling else None
 
 

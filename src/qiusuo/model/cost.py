@@ -6,7 +6,11 @@ Everything is counted on a model built on the meta device, which has shapes and 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -121,3 +125,37 @@ def measure(config: ModelConfig) -> Cost:
     )
 
 
+def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of main memory a new process can still use: of this machine, and of the control
+    groups (a container's limit) that this process is in."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+    with suppress(OSError):
+        for line in (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                free += _rooms(groups, path, "memory.max", "memory.current", "")
+            elif "memory" in controllers.split(","):
+                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+                free += _rooms(groups / "memory", path, *names)
+    return max(min(free), 0)
+
+
+def _rooms(root: Path, path: str, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    """What each group from ``path`` up to ``root`` has left; pages of files can be given back.
+    Inside a container the path may be the host's, and the root is then the container's group."""
+    place = root / path.strip("/")
+    for folder in (place, *place.parents):
+        with suppress(OSError, ValueError):  # not there, or "max": no limit
+            most = int((folder / limit).read_text(encoding="ascii"))
+            room = most - int((folder / usage).read_text(encoding="ascii"))
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines():
+                key, _, value = line.partition(" ")
+                if key in (f"{prefix}inactive_file", f"{prefix}active_file"):
+                    room += int(value)
+            yield room
+        if folder == root:
+            return

@@ -51,7 +51,11 @@ class DeepseekConfig(ModelConfig):
     SILENT: ClassVar[dict[str, dict[str, Any]]] = {
         "deepseek_v3": {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1},
         # DeepSeek's class and transformers' disagree about the tokens of V2.
-        "deepseek_v2": {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None},
+        "deepseek_v2": {
+            "max_position_embeddings": 2048,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
     }
 
     model_type: str = "deepseek_v3"

@@ -68,9 +68,8 @@ def format_large(count: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """`count` bytes in binary units: "1.5 GiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    """`count` bytes for people, as data/cache.py shows sizes: "1.5 GB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"

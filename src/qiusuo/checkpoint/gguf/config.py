@@ -56,12 +56,14 @@ class Fields:
                 f"{', '.join(ARCHITECTURES)} are read from GGUF, others cannot be run here"
             )
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def whole(self, key: str, default: int | None = None, least: int = 0) -> int:
         value = self._value(key, default)
         if isinstance(value, list) and len(set(value)) == 1:  # one number for each layer
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool):
             raise CheckpointError(f"{self._name(key)} is {value!r}; expected a whole number")
+        if value < least:
+            raise CheckpointError(f"{self._name(key)} is {value}; expected at least {least}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -116,6 +118,8 @@ def config_from_metadata(
 def _common(fields: Fields) -> dict[str, Any]:
     metadata = fields.metadata
     tokens = metadata.get(TOKENS_KEY)
+    if not isinstance(tokens, list | None):
+        raise CheckpointError(f"{TOKENS_KEY} is {tokens!r}; expected a list of texts")
     for key in (*STOP_KEYS, BOS_KEY):
         if not isinstance(metadata.get(key, 0), int):
             raise CheckpointError(f"{key} is {metadata[key]!r}; expected the number of a token")
@@ -134,7 +138,7 @@ def _common(fields: Fields) -> dict[str, Any]:
 
 
 def _dense(fields: Fields) -> dict[str, Any]:
-    heads = fields.whole("attention.head_count")
+    heads = fields.whole("attention.head_count", least=1)
     width = fields.whole("attention.key_length", fields.whole("embedding_length") // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.whole(key, width) != width:

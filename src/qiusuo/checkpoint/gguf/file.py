@@ -150,10 +150,7 @@ def _table(plans: list[Planned], kind: str) -> tuple[list[Entry], int]:
 
 def _encoded(plan: Planned, entry: Entry) -> Iterator[bytes]:
     for rows in plan.pieces():
-        try:
-            yield encode(rows, entry.kind)
-        except CheckpointError as error:
-            raise CheckpointError(f"{plan.name}: {error}") from error
+        yield encode(rows, entry.kind, plan.name)
 
 
 def _check_place(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,50 @@ class Entry:
 class Header:
     """Metadata as plain values, tensors by name, and where the weights begin in the file."""
 
-    metadata: dict[str, Any]
+    metadata: Mapping[str, Any]
     tensors: dict[str, Entry]
     start: int
+
+
+class Metadata(Mapping[str, Any]):
+    """Lists, and a vocabulary is three long ones, stay in the file until they are asked for:
+    nothing holds them while weights are loaded."""
+
+    def __init__(self, reader: _Reader, count: int) -> None:
+        self._reader = reader
+        self._values: dict[str, Any] = {}
+        self._lists: dict[str, int] = {}
+        for _ in range(count):
+            name = reader.string()
+            kind = reader.number("I")
+            self._lists.pop(name, None)  # the last of two counts
+            if kind == ARRAY:
+                self._lists[name], self._values[name] = reader.position, None
+                reader.skip_list(name)
+            else:
+                self._values[name] = reader.value(kind, name)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._lists:
+            return self._values[name]
+        reader = self._reader
+        reader.position = self._lists[name]
+        found = reader.values(name)
+        give_back(reader.data)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def give_back(data: mmap.mmap) -> None:
+    """Let go of all pages of a mapped file, those too that the kernel fetched beside what was
+    read; they come again when asked for."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        data.madvise(mmap.MADV_DONTNEED)
 
 
 # Reading
@@ -92,15 +133,13 @@ def read_header(path: Path, data: mmap.mmap) -> Header:
             f"{path} is GGUF version {version}; only the little-endian versions 2 and 3 are read"
         )
     tensors, fields = reader.number("Q"), reader.number("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(fields):
-        name = reader.string()
-        metadata[name] = reader.value(reader.number("I"), name)
+    metadata = Metadata(reader, fields)
     entries = [_entry(path, reader) for _ in range(tensors)]
     alignment = metadata.get(ALIGNMENT_KEY, ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise CheckpointError(f"{path}: {ALIGNMENT_KEY} is {alignment!r}")
     start = -(-reader.position // alignment) * alignment
+    give_back(data)
     return Header(metadata, _checked(path, entries, len(data) - start), start)
 
 
@@ -163,16 +202,28 @@ class _Reader:
             return self.string()
         if kind in NUMBERS:
             return self.number(NUMBERS[kind])
-        if kind != ARRAY:
-            raise CheckpointError(f"{self.path}: {name} is of type {kind}, which is not known")
+        raise CheckpointError(f"{self.path}: {name} is of type {kind}, which is not known")
+
+    def values(self, name: str) -> list[Any]:
         inner, count = self.number("I"), self.number("Q")
-        if inner in NUMBERS:
-            letter = np.dtype(NUMBERS[inner]).newbyteorder("<")
-            place = self.take(count * letter.itemsize)
-            return np.frombuffer(self.data, letter, count, place).tolist()
-        if inner != STRING:  # lists of lists are allowed by the format and used by no one
+        if inner == STRING:
+            return [self.string() for _ in range(count)]
+        letter = self._letter(inner, name)
+        place = self.take(count * letter.itemsize)
+        return np.frombuffer(self.data, letter, count, place).tolist()
+
+    def skip_list(self, name: str) -> None:
+        inner, count = self.number("I"), self.number("Q")
+        if inner != STRING:
+            self.take(count * self._letter(inner, name).itemsize)
+            return
+        for _ in range(count):
+            self.take(self.number("Q"))
+
+    def _letter(self, inner: int, name: str) -> np.dtype[Any]:
+        if inner not in NUMBERS:  # lists of lists are allowed by the format and used by no one
             raise CheckpointError(f"{self.path}: {name} is a list of type {inner}, not known")
-        return [self.string() for _ in range(count)]
+        return np.dtype(NUMBERS[inner]).newbyteorder("<")
 
 
 # Writing

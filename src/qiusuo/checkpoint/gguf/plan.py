@@ -22,9 +22,10 @@ from qiusuo.checkpoint.gguf.tensors import (
     is_interleaved,
 )
 from qiusuo.checkpoint.stored import Checkpoint, StoredTensor, chunks
-from qiusuo.checkpoint.tensors import copies, natural
+from qiusuo.checkpoint.tensors import copies
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.dense_config import DenseConfig
+from qiusuo.model.names import natural
 from qiusuo.model.rope_scaling import LlamaScaling
 
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")

@@ -109,7 +109,7 @@ def stored_tensors(
 
 
 def _block(name: str) -> tuple[int | None, str]:
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    match = re.fullmatch(r"blk\.(\d{1,9})\.(.+)", name)
     return (None, name) if match is None else (int(match[1]), match[2])
 
 

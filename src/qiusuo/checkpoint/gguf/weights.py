@@ -18,9 +18,11 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.gguf.header import Entry, Header
+from qiusuo.checkpoint.gguf.header import Entry, Header, give_back
+from qiusuo.checkpoint.stored import DTYPES, narrowed
 
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}
+LARGEST_Q8_0 = 127 * 65504.0  # 127 steps of a float16 scale
 
 
 class WeightFile:
@@ -33,9 +35,7 @@ class WeightFile:
         """``size`` bytes at ``offset`` of the weights; the file's own pages are given back."""
         first = self.start + offset
         content = np.frombuffer(self.data, np.uint8, size, first).copy()
-        if hasattr(mmap, "MADV_DONTNEED") and size:  # not on Windows
-            page = first // mmap.PAGESIZE * mmap.PAGESIZE
-            self.data.madvise(mmap.MADV_DONTNEED, page, first + size - page)
+        give_back(self.data)
         return content
 
 
@@ -123,12 +123,16 @@ def decode(rows: np.ndarray, kind: str) -> Tensor:
     return torch.from_numpy(dequantize(rows, GGMLQuantizationType[kind]))
 
 
-def encode(rows: Tensor, kind: str) -> bytes:
-    """Numbers as they are stored; the width must be a multiple of the kind's blocks."""
+def encode(rows: Tensor, kind: str, place: str) -> bytes:
+    """Numbers as they are stored; the width must be a multiple of the kind's blocks.
+    CheckpointError naming ``place`` for numbers that ``kind`` cannot hold."""
     if kind in PLAIN:
-        plain = rows.to(PLAIN[kind]).contiguous()
-        if kind == "F16" and not plain.isfinite().all():
-            raise CheckpointError("numbers beyond 65504 have no place in F16; choose bf16 or f32")
+        plain = narrowed(rows, PLAIN[kind], place).contiguous()
         return plain.view(torch.uint8).numpy().tobytes()
+    if rows.numel() and not bool(rows.abs().amax() <= LARGEST_Q8_0):  # NaN is not, either
+        raise CheckpointError(
+            f"{place} holds NaN, infinity or a number beyond {LARGEST_Q8_0:g}, which {kind} "
+            "cannot hold: choose bfloat16 or float32"
+        )
     quantised: np.ndarray = quantize(rows.float().contiguous().numpy(), GGMLQuantizationType[kind])
     return quantised.tobytes()

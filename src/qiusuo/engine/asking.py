@@ -1,0 +1,242 @@
+"""From what a caller asks to a request, and from a finished sequence to what the caller gets.
+
+The one way in and out for calls that wait (language_model.py) and for streams (running.py). What
+may take long (rendering a template, tokenising, compiling a grammar) is done in ``prepare_*``,
+which only reads the engine's limits and so may run in any thread. ``Asked.follow`` and ``told``
+belong to whoever drives the engine.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import index
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from qiusuo.data.chat_template import Message as GivenMessage
+from qiusuo.data.errors import DataError
+from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.engine.answer_events import Event, Kind
+from qiusuo.engine.answer_stream import AnswerStream
+from qiusuo.engine.answering import Answering, OnEvent
+from qiusuo.engine.constraint import Constraint, Matcher
+from qiusuo.engine.request import Request, RequestError
+from qiusuo.engine.request import Sequence as Answer
+from qiusuo.engine.sampler import Drawn
+from qiusuo.engine.sampling import Sampling
+from qiusuo.engine.tool_calls import ToolFormat, format_of
+
+if TYPE_CHECKING:
+    from qiusuo.engine.language_model import LanguageModel
+
+CHAT_TOKENS = 1024  # of an answer, where the caller sets no limit
+ALONE: Mapping[str, Any] = MappingProxyType({})  # a request that asks for nothing among others
+
+T = TypeVar("T", "Message", "Completion")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a turn. ``cached_tokens`` of the prompt were found in the cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """``text`` leaves out the end token; ``token_ids`` and ``logprobs`` have it. ``drawn`` and
+    ``prompt_drawn``: the likeliest alternatives, where asked for. ``versions``: of the weights, for
+    each token. ``experts``: the routers' choices [tokens, MoE layers, K] of prompt and answer but
+    for the last token, where asked for."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    usage: Usage = field(repr=False, compare=False)  # the same answer may find more in the cache
+    drawn: list[Drawn] = field(default_factory=list, repr=False)
+    prompt_drawn: list[Drawn] = field(default_factory=list, repr=False)
+    versions: list[int] = field(default_factory=list, repr=False)
+    experts: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A model's turn of a conversation. ``reasoning_content`` is its thought without the marks,
+    None where it had none; ``tool_calls`` as OpenAI's and DeepSeek's API write them; ``drawn`` and
+    ``versions`` as in ``Completion``."""
+
+    content: str
+    reasoning_content: str | None
+    tool_calls: list[dict[str, Any]]
+    token_ids: list[int]
+    finish_reason: str
+    usage: Usage
+    drawn: list[Drawn] = field(default_factory=list, repr=False)
+    versions: list[int] = field(default_factory=list, repr=False)
+    role: str = "assistant"
+
+
+@dataclass(frozen=True)
+class Asked(Generic[T]):
+    """A request, and how its answers are followed. ``told(sequence, answering)`` is what the caller
+    gets of an ended one; RequestError where it ended in an error."""
+
+    request: Request
+    told: Callable[[Answer, Answering | None], T]
+    tokenizer: Tokenizer | None
+    matchers: tuple[Matcher, ...] = ()  # one for each answer, or none
+    thought_open: bool | None = None
+    calls: ToolFormat | None = None
+    thinking_budget: int | None = None
+
+    def follow(
+        self, sequences: Sequence[Answer], listeners: Sequence[OnEvent | None]
+    ) -> list[Answering | None]:
+        """Hang on the sequences of the submitted request, before they get a token. None for each
+        where there is no tokenizer to write text with."""
+        if self.tokenizer is None:
+            return [None] * len(sequences)
+        matchers = self.matchers or (None,) * len(sequences)
+        stops = self.request.sampling.stop
+        return [
+            Answering(
+                sequence,
+                AnswerStream(self.tokenizer, self.thought_open, stops, self.calls),
+                tokenizer=self.tokenizer,
+                thinking_budget=self.thinking_budget,
+                matcher=matcher,
+                on_event=on_event,
+            )
+            for sequence, matcher, on_event in zip(sequences, matchers, listeners, strict=True)
+        ]
+
+
+def prepare_chat(
+    lm: LanguageModel,
+    messages: Sequence[GivenMessage],
+    request: Mapping[str, Any] = ALONE,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking: bool = False,
+    thinking_budget: int | None = None,
+    constraint: Constraint | None = None,
+    **sampling: Any,
+) -> Asked[Message]:
+    """A conversation through the model's own template. ``request``: fields of ``Request`` (``n``,
+    ``priority`` and so on); ``sampling``: of ``Sampling``; the rest as in ``LanguageModel.chat``.
+    DataError, RequestError or ValueError for what cannot be answered."""
+    tokenizer = lm.needed_tokenizer()
+    if thinking_budget is not None and (
+        not isinstance(thinking_budget, int) or thinking_budget < 0
+    ):
+        raise RequestError(f"thinking_budget must be 0 or more tokens, not {thinking_budget!r}")
+    options = Sampling(**({"max_tokens": CHAT_TOKENS} | sampling))
+    prompt = tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+    if len(prompt) >= lm.engine.capacity:
+        raise DataError(
+            f"the conversation has {len(prompt)} tokens and leaves no room for an answer: the "
+            f"context holds {lm.engine.capacity}; shorten it, or begin anew"
+        )
+    asked = Request(tuple(prompt), options, lm.stop_ids, **dict(request))
+    lm.engine.check(asked, "the conversation")
+    return Asked(
+        asked,
+        _message,
+        tokenizer,
+        matchers=_matchers(lm, constraint, asked.n),
+        thought_open=tokenizer.opens_thought(prompt),
+        calls=format_of(tokenizer) if tools else None,
+        thinking_budget=thinking_budget,
+    )
+
+
+def prepare_text(
+    lm: LanguageModel,
+    prompt: str | Sequence[int],
+    request: Mapping[str, Any] = ALONE,
+    *,
+    constraint: Constraint | None = None,
+    what: str = "the prompt",
+    **sampling: Any,
+) -> Asked[Completion]:
+    """A text to continue (a beginning-of-text token is put before it), or token ids as given."""
+    token_ids = lm.encode_text(prompt) if isinstance(prompt, str) else list(map(index, prompt))
+    options = Sampling(**sampling)
+    asked = Request(tuple(token_ids), options, lm.stop_ids, **dict(request))
+    lm.engine.check(asked, what)
+    if options.stop:  # is about text
+        lm.needed_tokenizer()
+    matchers = _matchers(lm, constraint, asked.n)
+    return Asked(asked, _completion, lm.tokenizer, matchers=matchers)
+
+
+def _matchers(lm: LanguageModel, constraint: Constraint | None, n: int) -> tuple[Matcher, ...]:
+    return () if constraint is None else tuple(lm.grammars.matcher(constraint) for _ in range(n))
+
+
+def _usage(sequence: Answer, answering: Answering | None) -> Usage:
+    return Usage(
+        prompt_tokens=len(sequence.request.prompt),
+        completion_tokens=sequence.answered,
+        reasoning_tokens=0 if answering is None else answering.stream.reasoning_tokens,
+        cached_tokens=sequence.cached_tokens,
+    )
+
+
+def _finish(sequence: Answer, answering: Answering | None) -> list[Event]:
+    """Whatever happened, what was held back is given first."""
+    events = [] if answering is None else answering.finish()
+    if sequence.finish_reason == "error":
+        raise RequestError(sequence.error)
+    return events
+
+
+def _text(events: list[Event], kind: Kind) -> str:
+    return "".join(event.text for event in events if event.kind is kind)
+
+
+def _completion(sequence: Answer, answering: Answering | None) -> Completion:
+    events = _finish(sequence, answering)
+    return Completion(
+        text=_text(events, Kind.CONTENT),
+        token_ids=list(sequence.answer),
+        logprobs=[one.logprob for one in sequence.drawn],
+        finish_reason=sequence.finish_reason or "",
+        usage=_usage(sequence, answering),
+        drawn=sequence.drawn,
+        prompt_drawn=sequence.prompt_drawn,
+        versions=sequence.versions,
+        experts=torch.cat(sequence.experts) if sequence.experts else None,
+    )
+
+
+def _message(sequence: Answer, answering: Answering | None) -> Message:
+    calls: list[dict[str, Any]] = []
+    events = _finish(sequence, answering)
+    for event in events:
+        if event.kind is Kind.CALL_BEGIN:
+            function = {"name": event.name, "arguments": ""}
+            identity = f"call_{uuid.uuid4().hex[:24]}"
+            calls.append({"id": identity, "type": "function", "function": function})
+        elif event.kind is Kind.ARGUMENTS:
+            calls[-1]["function"]["arguments"] += event.text
+    reason = sequence.finish_reason or ""
+    return Message(
+        content=_text(events, Kind.CONTENT),
+        reasoning_content=_text(events, Kind.THOUGHT) or None,
+        tool_calls=calls,
+        token_ids=list(sequence.answer),
+        finish_reason="tool_calls" if calls and reason == "stop" else reason,
+        usage=_usage(sequence, answering),
+        drawn=sequence.drawn,
+        versions=sequence.versions,
+    )
