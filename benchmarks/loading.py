@@ -129,7 +129,7 @@ def config(family: str, tiny: bool) -> ModelConfig:
     """Sizes are whole blocks of 128, the only ones of which transformers can read FP8 right."""
     sizes: dict[str, Any] = dict(
         model_type=family,
-        vocab_size=256 if tiny else 24576,
+        vocab_size=512 if tiny else 24576,
         hidden_size=128 if tiny else 1024,
         intermediate_size=128 if tiny else 2816,
         num_hidden_layers=2 if tiny else 12,

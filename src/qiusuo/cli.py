@@ -168,22 +168,27 @@ def chat(
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new folder (hf) or a .gguf file.")],
-    to: Annotated[str, typer.Option(help="hf or gguf.")] = "hf",
+    to: Annotated[
+        str | None, typer.Option(help="hf or gguf; without it by the name of OUT.")
+    ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16, float16; for hf also fp8, for gguf also q8_0."),
+        typer.Option(
+            help="float32, bfloat16, float16; for hf also fp8, for gguf also q8_0. Without it: "
+            "as it is stored, bfloat16 if that is quantised."
+        ),
     ] = None,
     mtp: Annotated[bool, typer.Option(help="With the multi-token prediction modules.")] = True,
 ) -> None:
     """Write a model as a Hugging Face folder or a GGUF file, without loading it whole."""
     from qiusuo.checkpoint.export import export as write
     from qiusuo.checkpoint.open import open_checkpoint
-    from qiusuo.terminal import show_progress
+    from qiusuo.terminal import describe_written, show_progress
 
     checkpoint = open_checkpoint(model)
     with show_progress(out.name) as progress:
         path = write(checkpoint, out, to, dtype, mtp=mtp, progress=progress)
-    typer.echo(f"{model} is in {path}")
+    typer.echo(f"{model} is in {path}{describe_written(path)}")
 
 
 @app.command()

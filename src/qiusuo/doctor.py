@@ -281,9 +281,11 @@ def _forward(examination: Examination) -> Iterator[Finding]:
     text = f"{len(ids)} tokens, all finite"
     if len(ids) > 1:  # else nothing follows that could be foretold
         text += f"; {loss:.2f} nats a token {what} (chance: {uniform:.2f})"
-    learned = what == "of text" and loss >= uniform
-    note = ": no better than chance; are these the weights of a trained model?" if learned else ""
-    yield Finding(Mark.REMARK if learned else Mark.GOOD, "Forward pass", text + note)
+    foreign = what == "of text" and loss >= uniform
+    if foreign:
+        text += ": no better than chance on everyday text; unless it learned another kind of text, "
+        text += "look whether these are the weights of a trained model"
+    yield Finding(Mark.REMARK if foreign else Mark.GOOD, "Forward pass", text)
 
 
 def _run(model: Transformer, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -130,6 +130,16 @@ def show_catalogue() -> None:
         print(f"{entry.name:22} {entry.kind:7} {entry.summary} ({entry.licence})")
 
 
+def describe_written(path: Path) -> str:
+    """What an export has made: size and types of numbers."""
+    from qiusuo.checkpoint.open import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values())
+    stored = ", ".join(kind for kind, _ in kinds.most_common())
+    return f": {show_bytes(checkpoint.stored_bytes)} of {stored}"
+
+
 def load_shown(model: str, dtype: str | None, device: str) -> LanguageModel:
     """Load a model to talk with, with a progress bar."""
     from qiusuo.engine.loading import load

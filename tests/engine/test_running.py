@@ -652,6 +652,15 @@ def test_what_was_asked_and_not_begun_when_it_stops_is_refused(lm):
     assert_all_free(lm)
 
 
+def test_what_is_asked_after_the_end_is_refused(lm):
+    engine = RunningEngine(lm)
+    engine.start()
+    thread = engine._thread
+    engine.stop()
+    with pytest.raises(EngineError, match="was stopped"):
+        thread.call(lambda: None).result(PATIENCE)
+
+
 def test_two_event_loops(tokenizer, lm):
     """Clients in loops of two threads, and a handle that is made in one and read in another."""
     expected = [language_model(tokenizer).chat(turn(i), max_tokens=15) for i in range(8)]
@@ -716,6 +725,28 @@ def test_a_loop_that_ends_takes_its_clients_along(lm):
 
     run(look())
     engine.stop()
+
+
+def test_a_loop_that_is_closed_with_a_client_asleep(tokenizer, lm):
+    expected = language_model(tokenizer).chat(turn(1), max_tokens=20, ignore_eos=True)
+    gate, engine = Gate(lm.engine), RunningEngine(lm)
+    engine.start()
+    loop = asyncio.new_event_loop()
+    [answer] = loop.run_until_complete(engine.chat(turn(1), max_tokens=20, ignore_eos=True))
+    sleepers = [loop.create_task(answer.message()), loop.create_task(heard(answer))]
+    loop.run_until_complete(gate.steps(3))
+    loop.close()
+    gate.open()
+
+    async def other():
+        assert_same(await answer.message(), expected)
+        [another] = await engine.chat(turn(1), max_tokens=20, ignore_eos=True)
+        assert_same(await another.message(), expected)
+
+    run(other())
+    engine.stop()
+    for task in sleepers:  # nobody will ever wake them: not worth a warning
+        task._log_destroy_pending = False
 
 
 # Beside calls that wait

@@ -492,6 +492,14 @@ def test_nan_hurts_only_whom_it_comes_from():
     check_alone(*again)
 
 
+def test_what_lay_in_the_memory_hurts_no_one():
+    engine = engine_of(pages=20, page_tokens=4)
+    engine.cache.entries_LpsZ.fill_(math.nan)
+    answers = [submit(engine, (7,) * length, WARM)[0] for length in (1, 2, 6)]
+    run(engine)
+    check_alone(*answers)
+
+
 def test_nan_in_a_prompt_that_is_to_be_told():
     engine = engine_of(page_tokens=2, step_tokens=3)
     told = Sampling(max_tokens=3, prompt_logprobs=1)

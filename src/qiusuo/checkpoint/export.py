@@ -20,7 +20,7 @@ KINDS = {"hf": PLAIN_KINDS | {"fp8": "F8_E4M3"}, "gguf": PLAIN_KINDS | {"q8_0": 
 def export(
     checkpoint: Checkpoint,
     place: str | Path,
-    format: str,
+    format: str | None = None,
     dtype: str | None = None,
     *,
     mtp: bool = True,
@@ -29,17 +29,23 @@ def export(
     """Write ``checkpoint`` to ``place``, a folder in the format "hf" (``dtype`` float32, bfloat16,
     float16 or fp8), a file in the format "gguf" (float32, bfloat16, float16 or q8_0).
 
-    ``dtype=None`` keeps the type the weights are stored in, bfloat16 if that is a quantised one.
+    ``format=None`` goes by the name: a file NAME.gguf, else a folder. ``dtype=None`` keeps the type
+    the weights are stored in, bfloat16 if that is a quantised one.
     ``mtp=False`` leaves the MTP modules out. What stands at ``place`` is replaced whole or not at
     all; CheckpointError where that is no model, or this one cannot be written so."""
+    place = Path(place)
+    if format is None:
+        format = "gguf" if place.suffix == ".gguf" else "hf"
     if format not in KINDS:
         raise CheckpointError(f"format {format!r} is not written; expected {' or '.join(KINDS)}")
     if dtype is not None and dtype not in KINDS[format]:
         known = ", ".join(KINDS[format])
         raise CheckpointError(f"dtype {dtype!r} is not written as {format}; expected {known}")
-    if (format == "gguf") != (Path(place).suffix == ".gguf"):
+    if (format == "gguf") != (place.suffix == ".gguf"):
         expected = "a file NAME.gguf" if format == "gguf" else "a folder; for a file ask for gguf"
         raise CheckpointError(f"{place}: the format {format} is written to {expected}")
+    if place.exists() and checkpoint.place.exists() and place.samefile(checkpoint.place):
+        raise CheckpointError(f"{place} is the checkpoint itself; write to another place")
     if not mtp:
         checkpoint = without_mtp(checkpoint)
     if dtype is None and EMBEDDING not in checkpoint.tensors:
@@ -47,7 +53,7 @@ def export(
     kind = KINDS[format][dtype] if dtype else kept_kind(checkpoint.tensors[EMBEDDING].kind)
     if format == "hf":
         return write_huggingface(checkpoint, place, kind, progress=progress)
-    return write_gguf(checkpoint, Path(place), kind.lower(), progress)
+    return write_gguf(checkpoint, place, kind.lower(), progress)
 
 
 def without_mtp(checkpoint: Checkpoint) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.data.vocabularies import THINK_END
-from qiusuo.engine.answer_events import Event, Kind
+from qiusuo.engine.answer_events import Event
 from qiusuo.engine.answer_stream import AnswerStream
 from qiusuo.engine.request import Sequence
 from qiusuo.engine.sampler import Drawn
@@ -59,9 +59,6 @@ class Answering:
         if self.stream.stopped is not None:
             self.sequence.finish_reason = "stop"
         return self.events
-
-    def text(self, kind: Kind) -> str:
-        return "".join(event.text for event in self.events if event.kind is kind)
 
     def _hear(self, sequence: Sequence, drawn: Drawn) -> str | None:
         if drawn.token not in sequence.request.end_ids:

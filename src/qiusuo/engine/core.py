@@ -177,8 +177,6 @@ class Engine:
                 f"{what} has {len(prompt)} tokens; the {limit} holds {self.capacity} and one must "
                 "be free for the answer"
             )
-        if request.n < 1:
-            raise RequestError(f"n must be at least 1, not {request.n}")
         layers = range(self.model.config.num_hidden_layers)
         if request.keep_experts and not any(map(self.model.config.is_moe_layer, layers)):
             raise RequestError("keep_experts: this model has no experts")

@@ -259,10 +259,10 @@ class LanguageModel:
     # -- what it is made of -----------------------------------------------------------------
 
     def save(
-        self, place: str | Path, format: str = "hf", dtype: str | torch.dtype | None = None
+        self, place: str | Path, format: str | None = None, dtype: str | torch.dtype | None = None
     ) -> Path:
-        """Write the model and its tokenizer: ``format`` "hf" for a folder, "gguf" for a file.
-        ``dtype`` as ``qiusuo export`` knows it; None keeps the weights' own."""
+        """Write the model and its tokenizer: ``format`` "hf" for a folder, "gguf" for a file, None
+        by the name. ``dtype`` as ``qiusuo export`` knows it; None keeps the weights' own."""
         name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
         return export(checkpoint_of(self.model, self.tokenizer), place, format, name)
 

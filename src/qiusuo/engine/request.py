@@ -68,6 +68,8 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise RequestError(f"{name} must be a whole number, not {value!r}")
+        if self.n < 1:
+            raise RequestError(f"n must be at least 1, not {self.n}")
         late = self.deadline
         if late is not None and (not isinstance(late, int | float) or math.isnan(late)):
             raise RequestError(f"deadline must be a time of time.monotonic(), not {late!r}")
