@@ -11,10 +11,10 @@ run: $(VENV)/.ready-run  ## train the quickstart model, or go on with it (FRESH=
 	$(BIN)/qiusuo quickstart $(if $(FRESH),--fresh)
 
 test: $(VENV)/.ready-test check  ## lint, types and the tests that take under ten minutes
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n auto -m "not long"
 
 test-all: $(VENV)/.ready-test-all check  ## everything, long tests too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

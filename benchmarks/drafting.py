@@ -14,8 +14,8 @@ import time
 
 import qiusuo
 from qiusuo.data.corpora import open_corpus
-from qiusuo.engine.core import Limits
 from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.limits import Limits
 
 KINDS = ("none", "mtp", "ngram")
 

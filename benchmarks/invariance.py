@@ -14,7 +14,7 @@ import time
 
 import qiusuo
 from qiusuo.data.corpora import open_corpus
-from qiusuo.engine.core import Limits
+from qiusuo.engine.limits import Limits
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
 from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.request import Request, Sequence
 from qiusuo.engine.sampling import Sampling
 from qiusuo.model.transformer import Transformer

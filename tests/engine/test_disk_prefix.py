@@ -21,9 +21,10 @@ import qiusuo
 from qiusuo.checkpoint.huggingface import save_huggingface
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine import disk_prefix
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
 from qiusuo.engine.disk_prefix import model_mark
 from qiusuo.engine.language_model import LanguageModel, Message
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.engine.request import Request, RequestError, Sequence
 from qiusuo.engine.sampling import Sampling
@@ -112,7 +113,7 @@ def test_real_models_go_on_with_the_same_numbers(tmp_path, changes):
 ASK = """
 import json, os, signal, sys
 import qiusuo, torch
-from qiusuo.engine.core import Limits
+from qiusuo.engine.limits import Limits
 torch.set_num_threads(1)
 folder, prefixes, text, killed = sys.argv[1:]
 limits = Limits(cache_bytes=1 << 20, page_tokens=4, prefix_folder=prefixes)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import Drafter, NgramDrafter, NoDrafter
 from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.mtp_drafting import MTPDrafter
 from qiusuo.engine.pacing import AGAIN, TRIALS, Pace
 from qiusuo.engine.request import Request, Sequence

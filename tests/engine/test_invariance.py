@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.request import Request, Sequence
 from qiusuo.engine.sampling import Sampling
 from qiusuo.model.transformer import Transformer

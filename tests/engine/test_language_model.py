@@ -16,7 +16,7 @@ from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.answer_events import Event, Kind
 from qiusuo.engine.asking import Message
 from qiusuo.engine.constraint import Constraint
-from qiusuo.engine.core import Limits
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.request import RequestError
 from tests.model.shapes import tiny_model
 
@@ -560,7 +560,7 @@ def test_load_a_gguf_file(dense_folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"gguf is written to a file NAME\.gguf"):
         lm.save(tmp_path / "model", format="gguf")
     with pytest.raises(CheckpointError, match="the format hf is written to a folder"):
-        lm.save(tmp_path / "folder.gguf")
+        lm.save(tmp_path / "folder.gguf", format="hf")
 
 
 @pytest.mark.parametrize(

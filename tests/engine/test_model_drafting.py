@@ -6,8 +6,9 @@ import torch
 import qiusuo
 from qiusuo.checkpoint.huggingface import save_huggingface
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
 from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.model_drafting import ModelDrafter
 from qiusuo.engine.request import Request, Sequence
 from qiusuo.engine.sampling import Sampling

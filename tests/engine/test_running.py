@@ -19,7 +19,7 @@ from qiusuo.engine import core
 from qiusuo.engine.answer_events import Kind
 from qiusuo.engine.answer_stream import AnswerStream
 from qiusuo.engine.constraint import Constraint
-from qiusuo.engine.core import Limits
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.request import EngineError, RequestError
 from qiusuo.engine.running import RunningEngine
 from tests.model.shapes import tiny_model

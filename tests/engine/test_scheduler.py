@@ -10,8 +10,9 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import Pass, drafting
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.engine.request import Request, RequestError, Sequence
 from qiusuo.engine.sampling import Sampling

@@ -2,17 +2,13 @@
 
 A pass takes the new tokens of every sequence that has some: chunks of prompts, and for an answer
 its last token with the drafts behind it. Whatever reaches the end of what is known gives logits,
-from which the next token is drawn. A drawn token depends on its logits, on the sequence's own
-history and on (seed, choice, position), and on nothing else: not on neighbours, chunks, preemption
-or drafts. A draft is accepted where the drawn token is the draft's (speculative sampling with a
-proposal of one token; arXiv:2211.17192), so drafts save passes and change no answer.
+from which the next token is drawn (writing.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -21,53 +17,21 @@ from torch import Tensor
 
 from qiusuo.engine.disk_prefix import DiskPrefix, model_mark
 from qiusuo.engine.drafting import Drafter, NoDrafter, Pass
-from qiusuo.engine.paged_cache import PAGE_TOKENS, PagedCache, PagedGroup
+from qiusuo.engine.limits import Limits, few_queries
+from qiusuo.engine.paged_cache import PagedCache, PagedGroup
 from qiusuo.engine.pages import PagePool
 from qiusuo.engine.report import Statistics
 from qiusuo.engine.request import Request, RequestError, Sequence, check_tokens
-from qiusuo.engine.sampler import BadLogits, Drawn, Row, draw, token_logprobs
 from qiusuo.engine.scheduler import Scheduler, Work
-from qiusuo.model.config import ModelConfig
+from qiusuo.engine.writing import Writer
 from qiusuo.model.cost import available_memory
-from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.transformer import Transformer
 
-# N tokens of a pass, R rows that want logits, D hidden, W vocabulary.
+# N tokens of a pass.
 
-STEP_TOKENS = 256
-MAX_RUNNING = 64
-Drawing = tuple[Sequence, int, tuple[int, ...]]  # who draws, from which row, its drafts from there
 CACHE_SHARE = 0.3  # of the free memory, where no one says how much
-PREFIX_BYTES = 4 << 30
-FIXED_ROWS = 16
-FEW_SHARED = 16  # queries for which a dense model's heads are rows of one product
-
-
-@dataclass
-class Limits:
-    """``cache_bytes``: None takes a share of what is free. ``absorbed_below``: up to how many new
-    tokens a sequence attends in the form for few queries; None: by the arithmetic of both.
-    ``batch_invariant``: the same bits for a token whatever runs beside it and however its prompt
-    is cut, in any precision, at a cost (benchmarks/invariance.py). ``prefix_folder``: beginnings
-    are kept there too, in files of ``prefix_disk_bytes`` in all (``Engine.keep_on_disk``)."""
-
-    cache_bytes: int | None = None
-    page_tokens: int = PAGE_TOKENS
-    step_tokens: int = STEP_TOKENS
-    max_running: int = MAX_RUNNING
-    prefix_cache: bool = True
-    prefix_folder: Path | None = None
-    prefix_disk_bytes: int = PREFIX_BYTES
-    absorbed_below: int | None = None
-    batch_invariant: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("page_tokens", "step_tokens", "max_running"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.prefix_folder is not None and not self.prefix_cache:
-            raise ValueError("prefix_folder keeps what prefix_cache finds: do not switch that off")
+FIXED_ROWS = 16  # of a product in the batch-invariant mode
 
 
 class Engine:
@@ -105,7 +69,7 @@ class Engine:
         model.fix_rows(FIXED_ROWS if self.limits.batch_invariant else None)
         self._absorb()
         self.statistics = Statistics()
-        self.version = 0
+        self.writer = Writer(model, self.scheduler, self.statistics)
         self.arrivals = count()
 
     def _cache_bytes(self, page_bytes: int) -> int:
@@ -187,6 +151,11 @@ class Engine:
             self._end(sequence, "cancelled")
 
     @property
+    def version(self) -> int:
+        """Of the weights: how often they were swapped."""
+        return self.writer.version
+
+    @property
     def idle(self) -> bool:
         return not self.scheduler.running and not self.scheduler.waiting
 
@@ -211,7 +180,7 @@ class Engine:
         self.scheduler.disk = None  # its mark was another model's
         for sequence in self.scheduler.running:
             sequence.outdated = True
-        self.version += 1
+        self.writer.version += 1
         return self.version
 
     def _absorb(self) -> None:
@@ -236,7 +205,7 @@ class Engine:
         began = time.perf_counter()
         done = self._forward(plan)
         try:
-            touched += self._answer(done)
+            touched += self.writer.write(done)
             done.seconds = time.perf_counter() - began
             self.statistics.count(done)
             self.drafter.observe(done)
@@ -304,161 +273,6 @@ class Engine:
             return self.cache.one_by_one(sequences, tokens)
         return [self.cache.group(sequences, tokens, tokens <= self.absorbed_below)]
 
-    # -- from logits to tokens --------------------------------------------------------------
-
-    def _answer(self, done: Pass) -> list[Sequence]:
-        """Draw a token wherever a sequence has reached its end, and on as long as drafts hold."""
-        drawing = [place for place, work in enumerate(done.plan) if work.draws]
-        touched: list[Sequence] = []
-        for place, work in enumerate(done.plan):
-            work.sequence.length += work.count
-            work.sequence.drafts = []
-            self._keep_experts(done, place)
-            if not self._read_prompt(done, place):
-                touched += [work.sequence, *work.sequence.siblings]
-        drawing = [place for place in drawing if done.plan[place].sequence.finish_reason is None]
-        if not drawing:
-            return touched
-        rows = [done.last_row(place) + j for place in drawing for j in range(done.width(place))]
-        logits_RW = self.model.logits(done.hidden_ND[torch.tensor(rows, device=self.device)])
-        first_row = dict(zip(rows, range(len(rows)), strict=True))
-        for place in drawing:
-            touched += self._with_siblings(done.plan[place].sequence)
-        going = [
-            (sequence, first_row[done.last_row(place)], done.plan[place].drafts)
-            for place in drawing
-            for sequence in (done.plan[place].sequence, *done.plan[place].sequence.siblings)
-        ]
-        for place in drawing:
-            done.plan[place].sequence.siblings = []
-        while going:
-            going = self._draw(going, logits_RW)
-        for place in drawing:
-            self._keep_experts(done, place)  # of drafts that were right
-        return touched
-
-    def _with_siblings(self, sequence: Sequence) -> list[Sequence]:
-        """A sequence that has read its prompt, and those that were waiting for it to: they share
-        its pages from now on."""
-        sequence.siblings = [one for one in sequence.siblings if one.finish_reason is None]
-        for sibling in sequence.siblings:
-            self.pool.hold(sequence.pages)
-            sibling.pages, sibling.length = list(sequence.pages), sequence.length
-            sibling.cached_tokens = sequence.length
-            sibling.outdated = sequence.outdated
-            sibling.prompt_drawn, sibling.experts = sequence.prompt_drawn, list(sequence.experts)
-            self.scheduler.running.append(sibling)
-        return [sequence, *sequence.siblings]
-
-    def _draw(self, going: list[Drawing], logits_RW: Tensor) -> list[Drawing]:
-        """A token for each (sequence, row, its drafts from here on); those whose draft was right
-        go on with the next row."""
-        going, rows = self._rows(going)
-        if not going:
-            return []
-        index_R = torch.tensor([row for _, row, _ in going], device=self.device)
-        drawn = draw(logits_RW[index_R], rows)
-        right = []
-        for (sequence, row, drafts), free in zip(going, drawn, strict=True):
-            if sequence.finish_reason is not None:  # a listener of another has cancelled it
-                continue
-            chosen = free
-            if sequence.forced:
-                (chosen,) = token_logprobs(logits_RW[row][None], [sequence.forced.pop(0)], 0)
-            if isinstance(chosen, BadLogits):
-                self._fail(sequence, chosen.reason)
-                continue
-            self._append(sequence, chosen)
-            if drafts:
-                self.statistics.drafted += 1
-                if chosen.token == drafts[0] and sequence.finish_reason is None:
-                    self.statistics.accepted += 1
-                    sequence.length += 1
-                    right.append((sequence, row + 1, drafts[1:]))
-        return right
-
-    def _rows(self, going: list[Drawing]) -> tuple[list[Drawing], list[Row]]:
-        """Without those whose constraint cannot go on: they have failed."""
-        able, rows = [], []
-        for drawing in going:
-            try:
-                rows.append(self._row(drawing[0]))
-                able.append(drawing)
-            except ValueError as error:
-                self._fail(drawing[0], str(error))
-        return able, rows
-
-    def _row(self, sequence: Sequence) -> Row:
-        sampling, request = sequence.request.sampling, sequence.request
-        early = sequence.answered < sampling.min_tokens
-        return Row(
-            sampling=sampling,
-            prompt=request.prompt,
-            answer=sequence.answer,
-            position=sequence.answered,
-            choice=sequence.choice,
-            allowed_W=None if sequence.matcher is None else sequence.matcher.allowed(),
-            banned=self._ends(request) if early else frozenset(),
-        )
-
-    @staticmethod
-    def _ends(request: Request) -> frozenset[int]:
-        own = frozenset() if request.sampling.ignore_eos else request.end_ids
-        return own | request.sampling.stop_ids
-
-    @staticmethod
-    def _fail(sequence: Sequence, reason: str) -> None:
-        for one in (sequence, *sequence.siblings):
-            if one.finish_reason is None:
-                one.error, one.finish_reason = reason, "error"
-
-    def _append(self, sequence: Sequence, drawn: Drawn) -> None:
-        request = sequence.request
-        sequence.tokens.append(drawn.token)
-        sequence.drawn.append(drawn)
-        sequence.versions.append(self.version)
-        self.statistics.drawn += 1
-        if sequence.matcher is not None:
-            sequence.matcher.advance(drawn.token)
-        reason = "stop" if drawn.token in self._ends(request) else None
-        if sequence.on_token is not None:
-            reason = sequence.on_token(sequence, drawn) or reason
-            reason = sequence.finish_reason or reason  # it may have cancelled itself
-        if reason is None and sequence.matcher is not None and sequence.matcher.finished:
-            reason = "stop"
-        if reason is None and sequence.answered >= sequence.room:
-            reason = "length"
-        sequence.finish_reason = reason
-
-    def _read_prompt(self, done: Pass, place: int) -> bool:
-        """The log probabilities of a prompt's tokens, if they are asked for; False if they are
-        not numbers."""
-        work, length = done.plan[place], done.lengths[place]
-        sequence, prompt = work.sequence, work.sequence.request.prompt
-        top = sequence.request.sampling.prompt_logprobs
-        known = len(sequence.prompt_drawn)  # more than ``length`` if it was preempted
-        targets = prompt[known + 1 : length + work.count + 1]
-        if top is None or not targets:
-            return True
-        start = done.starts[place] + known - length
-        logits_RW = self.model.logits(done.hidden_ND[start : start + len(targets)])
-        for told in token_logprobs(logits_RW, targets, top):
-            if isinstance(told, BadLogits):
-                self._fail(sequence, told.reason)
-                return False
-            sequence.prompt_drawn.append(told)
-        return True
-
-    def _keep_experts(self, done: Pass, place: int) -> None:
-        """The routers' choices for the tokens that are in the cache now, each once."""
-        sequence = done.plan[place].sequence
-        if sequence.request.keep_experts:
-            known = sum(map(len, sequence.experts))  # what was preempted is computed twice
-            first, stop = max(0, known - done.lengths[place]), done.kept(place)
-            if first < stop:
-                start = done.starts[place]
-                sequence.experts.append(done.experts(start + first, start + stop))
-
     def _end(self, sequence: Sequence, reason: str) -> None:
         """Finish it between passes. Siblings that waited for its prompt read it themselves."""
         sequence.finish_reason = reason
@@ -468,15 +282,3 @@ class Engine:
         if heirs:
             heirs[0].siblings = heirs[1:]
             self.scheduler.waiting.append(heirs[0])
-
-
-def few_queries(config: ModelConfig) -> int:
-    """Up to how many new tokens the absorbed form takes less arithmetic than the expanded one.
-
-    For each key seen and each head: absorbed, a query costs 2C + R products (scores with latent
-    and rope key, values from the latent); expanded, N + R + V, and the key itself C(N + V)."""
-    if not isinstance(config, DeepseekConfig):
-        return FEW_SHARED
-    nope, value, latent = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-    saved = 2 * latent - nope - value
-    return max(1, latent * (nope + value) // saved) if saved > 0 else STEP_TOKENS

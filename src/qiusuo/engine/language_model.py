@@ -21,8 +21,9 @@ from qiusuo.engine.answer_events import Event
 from qiusuo.engine.answering import OnEvent
 from qiusuo.engine.asking import Asked, Completion, Message, T, prepare_chat, prepare_text
 from qiusuo.engine.constraint import Constraint, Grammars
-from qiusuo.engine.core import Engine, Limits
+from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import Drafter, NgramDrafter
+from qiusuo.engine.limits import Limits
 from qiusuo.engine.model_drafting import ModelDrafter
 from qiusuo.engine.mtp_drafting import MTPDrafter
 from qiusuo.engine.request import EngineError, RequestError, check_tokens

@@ -11,8 +11,8 @@ from qiusuo.checkpoint.inventory import check_tokenizer
 from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Progress
-from qiusuo.engine.core import Limits
 from qiusuo.engine.language_model import DRAFTS, LanguageModel
+from qiusuo.engine.limits import Limits
 
 
 def load(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qiusuo.engine.cached_drafting import CachedDrafter, Reading
-from qiusuo.engine.core import few_queries
 from qiusuo.engine.drafting import Pass
+from qiusuo.engine.limits import few_queries
 from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.model.transformer import Transformer
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qiusuo.kernels.linear import linear
+from qiusuo.kernels.linear import FEW, few_rows, linear
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.
@@ -116,14 +116,15 @@ class _GroupedExperts(torch.autograd.Function):
         weight_R = x_RD.new_zeros(x_RD.shape[0], 1)
         weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_RD.dtype)
         h_RG = x_RD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
+        learning = any(ctx.needs_input_grad)
         for expert, start, stop in layout.segments:
-            torch.mm(x_RD[start:stop], gate_up_EGD[expert].t(), out=h_RG[start:stop])
+            _product(x_RD[start:stop], gate_up_EGD[expert], h_RG[start:stop], learning)
         gate_RF, up_RF = h_RG.chunk(2, dim=-1)
         act_RF = F.silu(gate_RF).mul_(up_RF)
         weighted_RF = act_RF * weight_R
         y_RD = torch.empty_like(x_RD)
         for expert, start, stop in layout.segments:
-            torch.mm(weighted_RF[start:stop], down_EDF[expert].t(), out=y_RD[start:stop])
+            _product(weighted_RF[start:stop], down_EDF[expert], y_RD[start:stop], learning)
         ctx.save_for_backward(
             x_RD, h_RG, act_RF, weight_R, layout.place_P, layout.token_R, gate_up_EGD, down_EDF
         )
@@ -154,6 +155,14 @@ class _GroupedExperts(torch.autograd.Function):
         grad_weights_MK = grad_weight_R[place_P].view_as(weights_MK).to(weights_MK.dtype)
         grad_x_MD = _sum_choices(grad_x_RD, place_P, weights_MK.shape[1])
         return grad_x_MD, grad_weights_MK, None, grad_gate_up_EGD, grad_down_EDF
+
+
+def _product(x_RI: Tensor, weight_OI: Tensor, out_RO: Tensor, learning: bool) -> None:
+    """x Wᵀ into ``out``."""
+    if learning or len(x_RI) > FEW or x_RI.device.type != "cpu" or x_RI.dtype is torch.float32:
+        torch.mm(x_RI, weight_OI.t(), out=out_RO)
+    else:
+        out_RO.copy_(few_rows(x_RI, weight_OI))
 
 
 def _swiglu_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:

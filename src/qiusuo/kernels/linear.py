@@ -1,7 +1,8 @@
 """A matrix times a few rows: what decoding does all day.
 
-One row is bound by the bytes of the matrix, and PyTorch's matrix-vector product reads them faster
-than its matrix-matrix product does (docs/log.md). Low-bit weights will find their place here.
+A few rows are bound by the bytes of the matrix. PyTorch reads them faster in a matrix-vector
+product, and in bf16 in a product with the matrix on the left, than with it on the right as a layer
+is written (docs/log.md). Low-bit weights will find their place here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # M rows, O out, I in.
+
+FEW = 128
 
 
 def linear_reference(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -30,13 +33,24 @@ def linear(
         x_MI = x.reshape(-1, x.shape[-1])
         blocks = [F.linear(block, weight_OI, bias_O) for block in in_blocks(x_MI, rows)]
         return torch.cat(blocks)[: len(x_MI)].view(*x.shape[:-1], -1)
-    one_row = x.numel() == weight_OI.shape[1] and x.dtype == weight_OI.dtype
-    if not one_row or x.device.type != "cpu" or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight_OI.dtype:
         return F.linear(x, weight_OI, bias_O)
-    out_O = torch.mv(weight_OI, x.reshape(-1))
+    x_MI = x.reshape(-1, x.shape[-1])
+    if not 0 < len(x_MI) <= FEW:
+        return F.linear(x, weight_OI, bias_O)
+    out_MO = few_rows(x_MI, weight_OI)
     if bias_O is not None:
-        out_O += bias_O
-    return out_O.view(*x.shape[:-1], -1)
+        out_MO += bias_O
+    return out_MO.view(*x.shape[:-1], -1)
+
+
+def few_rows(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x Wᵀ [M, O] for up to ``FEW`` rows, on a CPU and without gradients."""
+    if len(x_MI) == 1:
+        return torch.mv(weight_OI, x_MI[0])[None]
+    if x_MI.dtype is torch.float32:
+        return F.linear(x_MI, weight_OI)
+    return torch.mm(weight_OI, x_MI.t()).t().contiguous()
 
 
 def in_blocks(x_MI: Tensor, rows: int) -> tuple[Tensor, ...]:
