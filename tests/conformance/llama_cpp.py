@@ -76,6 +76,7 @@ def serve(path: Path, *, mtp: bool = False) -> Iterator[Server]:
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},
     )
     try:
+        assert process.stdout is not None
         address = process.stdout.readline().strip()
         if not address.startswith("http"):
             raise LoadError(process.communicate()[1][-2000:])

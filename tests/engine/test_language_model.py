@@ -613,3 +613,17 @@ def test_wrong_names_are_told_what_they_are(home, tmp_path, reference, message):
     with pytest.raises(CheckpointError) as caught:
         qiusuo.load(reference)
     assert message in str(caught.value)
+
+
+def test_a_failed_answer_leaves_its_neighbours_whole():
+    model = tiny_model()
+    lm = qiusuo.LanguageModel(model, None)
+    good = lm.generate([[1, 2, 3]], max_tokens=5)[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = float("nan")
+    bad, whole = lm.generate([[7, 50], [1, 2, 3]], max_tokens=5)
+    assert (bad.finish_reason, bad.token_ids) == ("error", [])
+    assert "NaN" in bad.error or "finite" in bad.error
+    assert (whole.token_ids, whole.finish_reason, whole.error) == (good.token_ids, "length", None)
+    with pytest.raises(RequestError):
+        lm.generate([[7, 50]], max_tokens=5)

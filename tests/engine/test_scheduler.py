@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import Pass, drafting
 from qiusuo.engine.limits import Limits
+from qiusuo.engine.mtp_drafting import MTPDrafter
 from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.engine.request import Request, RequestError, Sequence
 from qiusuo.engine.sampling import Sampling
@@ -595,7 +596,7 @@ def test_refused_requests(request_, words):
 
 
 def test_refused_limits():
-    with pytest.raises(RequestError, match="n must be at least 1, not 0"):
+    with pytest.raises(RequestError, match="n must be at least 1 and at most 8192, not 0"):
         engine_of().submit(Request((1,), n=0))
     with pytest.raises(RequestError, match=r"cache_bytes 10 is less than one page, [\d,]+"):
         Engine(MODEL, Limits(cache_bytes=10))
@@ -757,3 +758,66 @@ def test_weights_that_do_not_fit_change_nothing():
             engine.swap_weights(wrong)
     assert engine.version == 0
     assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+# -- nobody waits for a long prompt ---------------------------------------------------------------
+
+
+def steps_to_first_token(engine: Engine, sequence: Sequence) -> int:
+    for step in range(1, 200):
+        engine.step()
+        if sequence.answered:
+            return step
+    raise AssertionError("it starved")
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    """Nor for several: each gets its share of every pass."""
+    model = tiny_model(max_position_embeddings=512)
+    engine = Engine(model, Limits(cache_bytes=4 << 20, page_tokens=4, step_tokens=32))
+    longs = [engine.submit(Request((7, *range(90)) * 5))[0] for _ in range(2)]
+    engine.step()
+    (short,) = engine.submit(Request((1, 2, 3, 4, 5)))
+    assert steps_to_first_token(engine, short) <= 2
+    assert not any(long.answered for long in longs)
+    while not engine.idle:
+        engine.step()
+    assert [long.finish_reason for long in longs] == ["length"] * 2
+
+
+@pytest.mark.parametrize("full", ["places", "pages"])
+def test_one_of_higher_priority_takes_a_place(full):
+    model = tiny_model()
+    page = Engine(model, Limits(cache_bytes=1 << 20, page_tokens=4)).page_bytes
+    limits = Limits(
+        cache_bytes=8 * page if full == "pages" else 1 << 20,
+        page_tokens=4,
+        max_running=1 if full == "places" else 8,
+    )
+    engine = Engine(model, limits)
+    sampling = Sampling(max_tokens=20)
+    (low,) = engine.submit(Request((5, 3, 88, 17, 2), sampling))
+    for _ in range(14):
+        engine.step()
+    (equal,) = engine.submit(Request(tuple(range(17)), sampling))
+    engine.step()
+    assert not equal.answered
+    (high,) = engine.submit(Request(tuple(range(20, 37)), Sampling(max_tokens=3), priority=1))
+    assert steps_to_first_token(engine, high) == 1
+    while not engine.idle:
+        engine.step()
+    for sequence in (low, equal, high):
+        assert_as_expected(sequence, alone(model, sequence.request), exact=False)
+
+
+def test_no_one_is_preempted_for_a_guess():
+    model = tiny_model(num_nextn_predict_layers=1)
+    page = Engine(model, Limits(cache_bytes=1 << 20, page_tokens=4)).page_bytes
+    engine = Engine(model, Limits(cache_bytes=5 * page, page_tokens=4))
+    engine.drafter = MTPDrafter(model, engine.cache)
+    sampling = Sampling(max_tokens=4)
+    sequences = [engine.submit(Request(tuple(range(i, i + 5)), sampling))[0] for i in (0, 20)]
+    while not engine.idle:
+        engine.step()
+    assert engine.statistics.preempted == 0
+    assert [len(one.answer) for one in sequences] == [4, 4]

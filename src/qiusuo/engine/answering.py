@@ -56,7 +56,7 @@ class Answering:
     def finish(self) -> list[Event]:
         """What was held back; call it once the sequence has ended."""
         self._give(self.stream.finish(self.sequence.finish_reason or "length"))
-        if self.stream.stopped is not None:
+        if self.stream.stopped is not None and self.sequence.finish_reason == "length":
             self.sequence.finish_reason = "stop"
         return self.events
 

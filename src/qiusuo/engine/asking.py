@@ -55,7 +55,7 @@ class Completion:
     """``text`` leaves out the end token; ``token_ids`` and ``logprobs`` have it. ``drawn`` and
     ``prompt_drawn``: the likeliest alternatives, where asked for. ``versions``: of the weights, for
     each token. ``experts``: the routers' choices [tokens, MoE layers, K] of prompt and answer but
-    for the last token, where asked for."""
+    for the last token, where asked for. ``finish_reason`` "error" has its reason in ``error``."""
 
     text: str
     token_ids: list[int]
@@ -66,6 +66,7 @@ class Completion:
     prompt_drawn: list[Drawn] = field(default_factory=list, repr=False)
     versions: list[int] = field(default_factory=list, repr=False)
     experts: Tensor | None = field(default=None, repr=False)
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,15 @@ def _text(events: list[Event], kind: Kind) -> str:
 
 
 def _completion(sequence: Answer, answering: Answering | None) -> Completion:
-    events = _finish(sequence, answering)
+    return _completed(sequence, answering, _finish(sequence, answering))
+
+
+def failed(sequence: Answer) -> Completion:
+    """What there is of an answer that ended in an error, for a caller who asked for others too."""
+    return _completed(sequence, None, [])
+
+
+def _completed(sequence: Answer, answering: Answering | None, events: list[Event]) -> Completion:
     return Completion(
         text=_text(events, Kind.CONTENT),
         token_ids=list(sequence.answer),
@@ -216,6 +225,7 @@ def _completion(sequence: Answer, answering: Answering | None) -> Completion:
         prompt_drawn=sequence.prompt_drawn,
         versions=sequence.versions,
         experts=torch.cat(sequence.experts) if sequence.experts else None,
+        error=sequence.error,
     )
 
 

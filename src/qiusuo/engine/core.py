@@ -141,6 +141,10 @@ class Engine:
                 f"{what} has {len(prompt)} tokens; the {limit} holds {self.capacity} and one must "
                 "be free for the answer"
             )
+        vocabulary, sampling = self.model.config.vocab_size, request.sampling
+        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_ids", sampling.stop_ids)):
+            if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+                raise RequestError(f"{name}: token id {wrong[0]} is outside 0..{vocabulary - 1}")
         layers = range(self.model.config.num_hidden_layers)
         if request.keep_experts and not any(map(self.model.config.is_moe_layer, layers)):
             raise RequestError("keep_experts: this model has no experts")
@@ -184,7 +188,8 @@ class Engine:
         return self.version
 
     def _absorb(self) -> None:
-        """What is derived from the weights for decoding."""
+        """What is derived from the weights for decoding; who changes weights otherwise than by
+        ``swap_weights`` (an optimizer's step) calls that with nothing to swap."""
         for model in self.models:
             for block in (*model.model.main_blocks, *model.model.mtp_blocks):
                 if isinstance(block.self_attn, MultiHeadLatentAttention):
@@ -244,11 +249,12 @@ class Engine:
         return late
 
     def _forward(self, plan: list[Work]) -> Pass:
-        """Single new tokens side by side, in groups of equally many drafts; prompts one by one."""
-        answers: dict[int, list[Work]] = defaultdict(list)
+        """Single new tokens side by side, in groups of equally many drafts and of about equal
+        length, since a group is padded to its longest; prompts one by one."""
+        answers: dict[tuple[int, int], list[Work]] = defaultdict(list)
         for work in plan:
             if work.count == 1:
-                answers[len(work.drafts)].append(work)
+                answers[len(work.drafts), work.sequence.length.bit_length()].append(work)
         batches = [*answers.values(), *([work] for work in plan if work.count > 1)]
         groups = [group for works in batches for group in self._groups(works)]
         plan = [work for works in batches for work in works]

@@ -82,13 +82,15 @@ class Paced:
 
     pace: Pace
     wanted: int = field(default=0, init=False)  # tokens of the last guess
+    asked: int = field(default=0, init=False)  # sequences it was for
     guessing: float = field(default=0.0, init=False)  # seconds that it took
 
     def observe(self, done: Pass) -> None:
         began = time.perf_counter()
         self._learn(done)
         sequences = drafting(done)
-        self.wanted = self.pace.length(len(sequences)) if sequences else 0
+        self.asked = len(sequences)
+        self.wanted = self.pace.length(self.asked) if sequences else 0
         self.guess(done, sequences, self.wanted)
         for sequence in sequences:  # no further than the answer may go
             sequence.drafts = sequence.drafts[: max(0, sequence.room - sequence.answered - 1)]
@@ -99,14 +101,15 @@ class Paced:
 
     def _learn(self, done: Pass) -> None:
         """By the length that was wanted: that there is often less to guess is part of its worth."""
-        if all(work.count == 1 for work in done.plan):
+        if self.asked and all(work.count == 1 for work in done.plan):
             tokens = sum(max(1, done.kept(p)) for p in range(len(done.plan))) / len(done.plan)
-            self.pace.learn(len(done.plan), self.wanted, tokens, done.seconds, self.guessing)
+            self.pace.learn(self.asked, self.wanted, tokens, done.seconds, self.guessing)
 
 
 class NgramDrafter(Paced):
     """Prompt lookup: where the last few tokens have stood before, what followed them there is the
-    guess. Costs nothing; pays where an answer repeats its prompt (code, quotations, extraction)."""
+    guess. Costs a look through the text; pays where an answer repeats its prompt (code,
+    quotations, extraction)."""
 
     def __init__(self, most: int = 4, longest: int = 3) -> None:
         super().__init__(Pace(most))

@@ -18,8 +18,8 @@ from qiusuo.checkpoint.load import checkpoint_of
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.answer_events import Event
-from qiusuo.engine.answering import OnEvent
-from qiusuo.engine.asking import Asked, Completion, Message, T, prepare_chat, prepare_text
+from qiusuo.engine.answering import Answering, OnEvent
+from qiusuo.engine.asking import Asked, Completion, Message, T, failed, prepare_chat, prepare_text
 from qiusuo.engine.constraint import Constraint, Grammars
 from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import Drafter, NgramDrafter
@@ -236,10 +236,21 @@ class LanguageModel:
                 for sequence in ours:
                     self.engine.cancel(sequence)
                 raise
+        lone = len(ours) == 1
         return [
-            [asked.told(*pair) for pair in zip(sequences, answerings, strict=True)]
+            [self._told(asked, *pair, lone) for pair in zip(sequences, answerings, strict=True)]
             for asked, sequences, answerings in under_way
         ]
+
+    @staticmethod
+    def _told(asked: Asked[T], sequence: Answer, answering: Answering | None, lone: bool) -> Any:
+        """One failed answer among several takes none of the others away."""
+        try:
+            return asked.told(sequence, answering)
+        except RequestError:
+            if lone:
+                raise
+            return failed(sequence)  # several are only asked for as completions
 
     @contextmanager
     def driving(self, who: str) -> Iterator[None]:

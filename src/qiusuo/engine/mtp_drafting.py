@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qiusuo.engine.cached_drafting import CachedDrafter, Reading
 from qiusuo.engine.drafting import Pass
+from qiusuo.engine.limits import few_queries
 from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.model.transformer import Transformer
 
@@ -27,7 +28,8 @@ class MTPDrafter(CachedDrafter):
         if not model.model.mtp_blocks:
             raise ValueError("this model has no MTP module to draft with")
         # One less than the model's context: the module reads a place together with the next token.
-        super().__init__(cache, most, model.config.max_position_embeddings - 1, few=1)
+        limit = model.config.max_position_embeddings - 1
+        super().__init__(cache, most, limit, few=few_queries(model.config))
         self.model = model
 
     def _settled(self, done: Pass, readings: list[Reading]) -> Tensor:

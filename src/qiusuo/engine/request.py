@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from qiusuo.engine.constraint import Matcher
 
 
+MOST_ANSWERS = 8192  # to one request
+
+
 class RequestError(ValueError):
     """A request that cannot be served; the message says which part and what would do."""
 
@@ -64,12 +67,14 @@ class Request:
     keep_experts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n", "priority"):
+        for name in ("n", "first_choice", "priority"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise RequestError(f"{name} must be a whole number, not {value!r}")
-        if self.n < 1:
-            raise RequestError(f"n must be at least 1, not {self.n}")
+        if not 1 <= self.n <= MOST_ANSWERS:
+            raise RequestError(f"n must be at least 1 and at most {MOST_ANSWERS}, not {self.n}")
+        if not 0 <= self.first_choice < 1 << 62:
+            raise RequestError(f"first_choice must not be negative, not {self.first_choice}")
         late = self.deadline
         if late is not None and (not isinstance(late, int | float) or math.isnan(late)):
             raise RequestError(f"deadline must be a time of time.monotonic(), not {late!r}")

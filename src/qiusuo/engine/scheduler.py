@@ -1,7 +1,8 @@
 """Who computes what in the next pass.
 
 A pass has room for so many tokens. Every answer that is being written gets one (and its drafts);
-what is left goes to prompts, in chunks, so that a long prompt never stops the answers of others.
+what is left is shared out among the prompts, in chunks, so that a long prompt stops neither the
+answers of others nor their prompts.
 When pages run out, the last in rank gives its own back and waits; the pages it had filled stay
 findable as long as no one needs their place, so it mostly goes on from where it stood. The first
 in rank is never preempted and always fits, so everything ends.
@@ -51,44 +52,79 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """Work for the next pass; admits, preempts, and gives every sequence in it its pages."""
+        while self._admit():
+            pass
         self.running.sort(key=lambda sequence: sequence.rank)
-        decoding = sum(1 + len(s.drafts) for s in self.running if s.pending == 1)
-        budget = max(self.step_tokens - decoding, self.cache.page_tokens)
+        shares = self._shares()
         plan: list[Work] = []
         for sequence in list(self.running):
             if sequence not in self.running:  # preempted by one before it
                 continue
-            work = Work(sequence, 1, tuple(sequence.drafts))
             if sequence.pending > 1:
-                work = Work(sequence, min(sequence.pending, budget))
-                budget -= work.count
+                work = Work(sequence, shares[sequence])
+            else:
+                work = Work(sequence, 1, self._affordable(sequence))
             if work.count and self._make_room(sequence, len(work.tokens)):
-                plan.append(work)
-        while budget > 0 and (new := self._admit()) is not None:
-            work = Work(new, min(new.pending, budget))
-            budget -= work.count
-            if self._make_room(new, work.count):
                 plan.append(work)
         return plan
 
-    def _admit(self) -> Sequence | None:
-        """The next to begin: by priority, then from the namespace that has least running."""
-        if not self.waiting or len(self.running) >= self.max_running:
-            return None
+    def _shares(self) -> dict[Sequence, int]:
+        """Tokens of each prompt in the next pass: what answers leave is shared out evenly, so that
+        a short prompt does not wait for a long one; what is left of a share goes by rank."""
+        answering = sum(1 + len(s.drafts) for s in self.running if s.pending == 1)
+        left = max(self.step_tokens - answering, self.cache.page_tokens)
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        shares: dict[Sequence, int] = {}
+        for place, sequence in enumerate(prompts):
+            fair = max(self.cache.page_tokens, left // (len(prompts) - place))
+            shares[sequence] = min(sequence.pending, fair, left)
+            left -= shares[sequence]
+        for sequence in prompts:
+            more = min(sequence.pending - shares[sequence], left)
+            shares[sequence] += more
+            left -= more
+        return shares
+
+    def _affordable(self, sequence: Sequence) -> tuple[int, ...]:
+        """Its drafts, if there are pages for them: no one is preempted for a guess."""
+        end = sequence.length + 1 + len(sequence.drafts)
+        missing = self.cache.pages_for(end) - len(sequence.pages)
+        return tuple(sequence.drafts) if missing <= self.pool.available else ()
+
+    def _admit(self) -> bool:
+        """Let the next one begin: by priority, then from the namespace that has least running. One
+        of lower priority gives way; others are not disturbed."""
+        if not self.waiting:
+            return False
         busy = Counter(sequence.request.namespace for sequence in self.running)
         chosen = min(
             self.waiting,
             key=lambda s: (-s.request.priority, busy[s.request.namespace], s.arrival, s.choice),
         )
-        self._find_prefix(chosen)
-        missing = self.cache.pages_for(len(chosen.tokens) + 1) - len(chosen.pages)
-        if missing > self.pool.available:
-            self.drop_pages(chosen)
-            return None
+        while not self._fits(chosen):
+            last = max(self.running, key=lambda s: s.rank, default=None)
+            if last is None or last.request.priority >= chosen.request.priority:
+                return False
+            self.preempt(last)
         self.found += chosen.length
         self.waiting.remove(chosen)
         self.running.append(chosen)
-        return chosen
+        return True
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether there is a place and pages for all of its prompt, beside what those that run
+        still need for theirs; it then holds the pages with its beginning."""
+        if len(self.running) >= self.max_running:
+            return False
+        promised = sum(map(self._missing_pages, self.running))
+        self._find_prefix(sequence)
+        if self._missing_pages(sequence) + promised <= self.pool.available:
+            return True
+        self.drop_pages(sequence)
+        return False
+
+    def _missing_pages(self, sequence: Sequence) -> int:
+        return max(0, self.cache.pages_for(len(sequence.tokens) + 1) - len(sequence.pages))
 
     def _find_prefix(self, sequence: Sequence) -> None:
         """Take over the pages that hold the beginning already; one token at least is computed."""
@@ -133,12 +169,12 @@ class Scheduler:
 
     def publish(self, sequence: Sequence, since: int) -> None:
         """Let others find the pages that were filled since the cache held ``since`` tokens."""
-        if sequence.outdated:
+        if sequence.outdated or sequence.finish_reason == "error":
             return
         size = self.cache.page_tokens
         for place in range(since // size, sequence.length // size):
             self.pool.publish(sequence.pages[place], self._key(sequence, place))
-            if self.disk is not None and sequence.finish_reason != "error":
+            if self.disk is not None:
                 self.disk.keep(self._key(sequence, place), sequence.pages[place])
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
