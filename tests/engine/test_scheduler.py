@@ -807,7 +807,8 @@ def test_one_of_higher_priority_takes_a_place(full):
     while not engine.idle:
         engine.step()
     for sequence in (low, equal, high):
-        assert_as_expected(sequence, alone(model, sequence.request), exact=False)
+        expected = alone(model, sequence.request, capacity=engine.capacity)
+        assert_as_expected(sequence, expected, exact=False)
 
 
 def test_no_one_is_preempted_for_a_guess():
