@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qiusuo.engine.core import Engine
-from qiusuo.engine.drafting import Drafter, NgramDrafter, NoDrafter
+from qiusuo.engine.drafting import REST, Drafter, NgramDrafter, NoDrafter
 from qiusuo.engine.language_model import LanguageModel
 from qiusuo.engine.limits import Limits
 from qiusuo.engine.mtp_drafting import MTPDrafter
@@ -38,6 +38,9 @@ class Steady:
 
     def learn(self, *figures: float) -> None:
         pass
+
+    def idle(self, sequences: int) -> bool:
+        return False
 
 
 def drafter_of(kind: str, engine: Engine, most: int) -> Drafter:
@@ -332,8 +335,7 @@ def test_the_pace_is_the_length_that_pays(tokens, seconds, guessing, best):
     assert pace.best(2) == best
     chosen = [pace.length(2) for _ in range(AGAIN)]
     assert chosen.count(best) >= AGAIN - 1
-    rate = tokens[best] / (seconds[best] + (guessing if best else 0))
-    assert pace.gain(2) == pytest.approx(rate)
+    assert pace.idle(2) == (best == 0)
 
 
 def test_the_pace_tries_every_length_first_and_others_again():
@@ -372,12 +374,11 @@ def test_batches_of_other_sizes_are_judged_apart():
 
 def test_the_pace_bears_clocks_that_stand_still():
     pace = Pace(2)
-    assert pace.gain(1) == 1.0
+    assert not pace.idle(1)
     for _ in range(50):
         length = pace.length(1)
         pace.learn(1, length, 1.0 + length, 0.0, 0.0)
     assert pace.best(1) == 2
-    assert pace.gain(1) == pytest.approx(3.0)
     assert Pace(0).length(5) == 0
 
 
@@ -406,3 +407,28 @@ def test_two_modules_first_one_drafts():
     run(engine)
     check_alone(model, answers)
     assert engine.statistics.drafted > 30
+
+
+def test_a_drafter_that_does_not_pay_looks_away():
+    """It is not even asked to keep up, and is tried again after its rest."""
+    model = tiny_model()
+    engine = Engine(model, Limits(cache_bytes=1 << 20))
+    drafter = NgramDrafter(most=1)
+    engine.drafter = drafter
+    for size in (1, 2):
+        for length, tokens in ((0, 1.0), (1, 1.1)):
+            for _ in range(10):
+                drafter.pace.learn(size, length, tokens, 1.0 + length, 0.5)
+    engine.submit(Request((1, 2, 3), Sampling(max_tokens=100)))
+    for _ in range(3):
+        engine.step()
+    assert drafter.resting == REST - 2
+    asked = []
+    drafter.guess = lambda done, sequences, length: asked.append(length)
+    for _ in range(20):
+        engine.step()
+    assert not asked
+    drafter.resting = 1
+    engine.step()
+    engine.step()
+    assert len(asked) == 1

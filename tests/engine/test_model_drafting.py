@@ -32,6 +32,9 @@ class Steady:
     def learn(self, *figures: float) -> None:
         pass
 
+    def idle(self, sequences: int) -> bool:
+        return False
+
 
 def engine_of(
     model: torch.nn.Module, draft: torch.nn.Module, pages: int = 60, most: int = 4, **limits: int

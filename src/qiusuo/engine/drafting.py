@@ -21,6 +21,8 @@ from qiusuo.model.moe import Routing
 
 # N tokens of a pass, D hidden, L MoE layers, K experts a token.
 
+REST = 256  # passes without a guess where guessing does not pay
+
 
 @dataclass
 class Pass:
@@ -84,9 +86,13 @@ class Paced:
     wanted: int = field(default=0, init=False)  # tokens of the last guess
     asked: int = field(default=0, init=False)  # sequences it was for
     guessing: float = field(default=0.0, init=False)  # seconds that it took
+    resting: int = field(default=0, init=False)  # passes that it still looks away
 
     def observe(self, done: Pass) -> None:
         began = time.perf_counter()
+        if self.resting:
+            self._rest(done)
+            return
         self._learn(done)
         sequences = drafting(done)
         self.asked = len(sequences)
@@ -95,6 +101,18 @@ class Paced:
         for sequence in sequences:  # no further than the answer may go
             sequence.drafts = sequence.drafts[: max(0, sequence.room - sequence.answered - 1)]
         self.guessing = time.perf_counter() - began
+        if sequences and self.pace.idle(self.asked):
+            self.resting = REST
+
+    def _rest(self, done: Pass) -> None:
+        """Where guessing does not pay, keeping up with the passes would cost for nothing. After a
+        rest it is tried again, with sequences that begin from then on."""
+        self.resting -= 1
+        self.asked = 0
+        for sequence in drafting(done):
+            sequence.drafts = []
+        if not self.resting:
+            self.pace.wake()
 
     def guess(self, done: Pass, sequences: list[Sequence], length: int) -> None:
         raise NotImplementedError

@@ -59,13 +59,14 @@ class Pace:
         records = self._records(sequences)
         return max(range(len(records)), key=lambda length: records[length].rate(length))
 
-    def gain(self, sequences: int) -> float:
-        """Tokens a second with the best length over those without drafts; 1.0 if not known."""
+    def idle(self, sequences: int) -> bool:
+        """Whether every length has been tried and none pays."""
         records = self._records(sequences)
-        best = self.best(sequences)
-        if not records[0].passes or not records[best].passes:
-            return 1.0
-        return records[best].rate(best) / records[0].rate(0)
+        return all(one.passes >= TRIALS for one in records) and self.best(sequences) == 0
+
+    def wake(self) -> None:
+        """Try another length in the next pass."""
+        self.passes = -1
 
     def learn(
         self, sequences: int, length: int, tokens: float, seconds: float, guessing: float
