@@ -292,8 +292,10 @@ def test_a_client_whose_task_is_cancelled(tokenizer, lm, client):
 
     async def main():
         async with RunningEngine(lm) as engine:
-            [neighbour] = await engine.chat(turn(1), max_tokens=40, ignore_eos=True)
-            [answer], _ = await asyncio.gather(engine.chat(turn(2), **LONG), gate.steps(3))
+            # Asked for at once: behind the gate no second request would be heard.
+            asked = engine.chat(turn(1), n=2, max_tokens=40, ignore_eos=True)
+            [neighbour, answer] = await asyncio.wait_for(asked, PATIENCE)
+            await gate.steps(3)
             task = asyncio.create_task(client(answer))
             await gate.steps(3)
             task.cancel()

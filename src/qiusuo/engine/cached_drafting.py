@@ -95,8 +95,9 @@ class CachedDrafter(Paced):
             # Finished ones too: others may find their pages.
             if sequence.finish_reason in UNREADABLE:
                 continue
-            # What was found in the cache has been read by whoever left it there. It may be less
-            # than was read before a preemption; where it is more, some was missed.
+            # What was found in the cache has mostly been read by whoever left it there (if not, or
+            # if another token followed there, guesses are worse and answers the same). It may be
+            # less than was read before a preemption; where it is more, some was missed.
             if before > self.read.get(sequence, sequence.cached_tokens):
                 continue
             kept = done.kept(place)

@@ -55,10 +55,11 @@ class Engine:
             for one, weight in zip(self.models, weights, strict=True)
         )
         pages = self._cache_bytes(self.page_bytes) // self.page_bytes
-        self.cache, *self.cache.beside = (
+        self.cache, *beside = (
             PagedCache(one.config, pages, weight.dtype, weight.device, size)
             for one, weight in zip(self.models, weights, strict=True)
         )
+        self.cache.beside = beside
         self.pool = PagePool(pages)
         self.scheduler = Scheduler(
             self.cache, self.pool, self.limits.step_tokens, self.limits.max_running
