@@ -414,10 +414,11 @@ def test_a_drafter_that_does_not_pay_looks_away():
     model = tiny_model()
     engine = Engine(model, Limits(cache_bytes=1 << 20))
     drafter = NgramDrafter(most=1)
+    drafter.rests = True
     engine.drafter = drafter
     for size in (1, 2):
         for length, tokens in ((0, 1.0), (1, 1.1)):
-            for _ in range(10):
+            for _ in range(4 * TRIALS):
                 drafter.pace.learn(size, length, tokens, 1.0 + length, 0.5)
     engine.submit(Request((1, 2, 3), Sampling(max_tokens=100)))
     for _ in range(3):

@@ -54,6 +54,7 @@ class CachedDrafter(Paced):
 
     def __init__(self, cache: PagedCache, most: int, context: int, few: int) -> None:
         super().__init__(Pace(most))
+        self.rests = True
         self.cache, self.context, self.few = cache, context, few
         # How many tokens of each sequence have been read: where some were missed, no more can be.
         self.read: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()

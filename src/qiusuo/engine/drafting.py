@@ -80,9 +80,11 @@ def drafting(done: Pass) -> list[Sequence]:
 
 @dataclass
 class Paced:
-    """What drafters have in common: the pace, and learning it from passes of answers alone."""
+    """What drafters have in common: the pace, and learning it from passes of answers alone.
+    ``rests``: whether keeping up with the passes costs enough to stop where it does not pay."""
 
     pace: Pace
+    rests: bool = field(default=False, init=False)
     wanted: int = field(default=0, init=False)  # tokens of the last guess
     asked: int = field(default=0, init=False)  # sequences it was for
     guessing: float = field(default=0.0, init=False)  # seconds that it took
@@ -101,7 +103,7 @@ class Paced:
         for sequence in sequences:  # no further than the answer may go
             sequence.drafts = sequence.drafts[: max(0, sequence.room - sequence.answered - 1)]
         self.guessing = time.perf_counter() - began
-        if sequences and self.pace.idle(self.asked):
+        if self.rests and sequences and self.pace.idle(self.asked):
             self.resting = REST
 
     def _rest(self, done: Pass) -> None:

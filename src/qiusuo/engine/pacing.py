@@ -60,9 +60,10 @@ class Pace:
         return max(range(len(records)), key=lambda length: records[length].rate(length))
 
     def idle(self, sequences: int) -> bool:
-        """Whether every length has been tried and none pays."""
+        """Whether every length has been tried, none pays, and passes without drafts show it."""
         records = self._records(sequences)
-        return all(one.passes >= TRIALS for one in records) and self.best(sequences) == 0
+        tried = records[0].passes >= 4 * TRIALS and all(one.passes >= TRIALS for one in records)
+        return tried and self.best(sequences) == 0
 
     def wake(self) -> None:
         """Try another length in the next pass."""
