@@ -161,3 +161,19 @@ def assert_as_expected(sequence: Sequence, expected: Expected, exact: bool = Tru
     assert len(sequence.versions) == len(sequence.drawn) == len(expected.tokens)
     if exact:
         assert sequence.drawn == expected.drawn
+
+
+class Steady:
+    """A pace that always asks for the longest draft: tests must not hang on a clock."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def length(self, sequences: int) -> int:
+        return self.most
+
+    def learn(self, *figures: float) -> None:
+        pass
+
+    def idle(self, sequences: int) -> bool:
+        return False

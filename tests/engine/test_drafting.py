@@ -18,29 +18,21 @@ from qiusuo.engine.pacing import AGAIN, TRIALS, Pace
 from qiusuo.engine.request import Request, Sequence
 from qiusuo.engine.sampling import Sampling
 from qiusuo.model.transformer import Transformer
-from tests.engine.oracle import HashModel, alone, assert_as_expected, check_pages, full_logits, run
+from tests.engine.oracle import (
+    HashModel,
+    Steady,
+    alone,
+    assert_as_expected,
+    check_pages,
+    full_logits,
+    run,
+)
 from tests.model.shapes import DENSE, VARIANTS, tiny_model
 
 GREEDY = Sampling(max_tokens=20)
 WARM = Sampling(max_tokens=20, temperature=0.7, seed=2)
 PROMPTS = [tuple((11 * i + j * j) % 97 for j in range(5 + 4 * i)) for i in range(4)]
 TEXT = [(37 * i + 5) % 97 for i in range(97)]  # goes round: no token comes twice
-
-
-class Steady:
-    """A pace that always asks for the longest draft: what is tested must not hang on a clock."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def length(self, sequences: int) -> int:
-        return self.most
-
-    def learn(self, *figures: float) -> None:
-        pass
-
-    def idle(self, sequences: int) -> bool:
-        return False
 
 
 def drafter_of(kind: str, engine: Engine, most: int) -> Drafter:

@@ -12,28 +12,12 @@ from qiusuo.engine.limits import Limits
 from qiusuo.engine.model_drafting import ModelDrafter
 from qiusuo.engine.request import Request, Sequence
 from qiusuo.engine.sampling import Sampling
-from tests.engine.oracle import alone, assert_as_expected, run
+from tests.engine.oracle import Steady, alone, assert_as_expected, run
 from tests.model.shapes import tiny_model
 
 GREEDY = Sampling(max_tokens=24)
 WARM = Sampling(max_tokens=24, temperature=1.0, seed=5)
 PROMPTS = [tuple((11 * i + j * j) % 97 for j in range(5 + 4 * i)) for i in range(4)]
-
-
-class Steady:
-    """A pace that always asks for the longest draft: tests must not hang on a clock."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def length(self, sequences: int) -> int:
-        return self.most
-
-    def learn(self, *figures: float) -> None:
-        pass
-
-    def idle(self, sequences: int) -> bool:
-        return False
 
 
 def engine_of(

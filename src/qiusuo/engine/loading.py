@@ -31,7 +31,8 @@ def load(
     smaller model of the same vocabulary, named and loaded in the same way. CheckpointError for what
     is not there, does not fit together or needs more memory than is free.
     """
-    _check_device(device)
+    if fault := device_fault(device):
+        raise CheckpointError(fault)
     wanted = _dtype(dtype)
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.read_tokenizer()
@@ -51,9 +52,11 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return known[dtype]
 
 
-def _check_device(device: str | torch.device) -> None:
+def device_fault(device: str | torch.device) -> str | None:
+    """Why that device cannot be used, or None."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # which of them depends on the device
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"device {str(device)!r} cannot be used: {reason}") from error
+        return f"device {str(device)!r} cannot be used: {reason}"
+    return None

@@ -107,9 +107,7 @@ class Sequence:
     versions: list[int] = field(default_factory=list)  # of the weights, for each answer token
     prompt_drawn: list[Drawn] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # [tokens, MoE layers, K] of each pass
-    cached_tokens: int = (
-        0  # of the prompt, found in the cache when it was last admitted before answering
-    )
+    cached_tokens: int = 0  # of the prompt, found in the cache before it answered
     finish_reason: str | None = None
     error: str | None = None
     siblings: list[Sequence] = field(default_factory=list)  # wait for this one's prompt

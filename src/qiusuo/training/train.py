@@ -26,6 +26,7 @@ from qiusuo.data.loader import Loader
 from qiusuo.data.prepare import PreparedData, prepare_corpus
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.language_model import LanguageModel
+from qiusuo.engine.loading import device_fault
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.console import LiveView
 from qiusuo.runs.durable import RunError
@@ -85,7 +86,8 @@ def train(
     life: _StageLife | None = None
     torch.set_flush_denormal(True)  # probabilities near zero make a CPU ten times slower otherwise
     try:
-        _check_device(device)
+        if fault := device_fault(device):  # before any work is done
+            raise TrainingError(fault)
         for stage in _stages_left(recipe, _last_state(run)):
             if only_stage not in (None, stage.name):
                 continue
@@ -102,15 +104,6 @@ def train(
         torch.set_flush_denormal(False)  # the process may have other plans
         gc.unfreeze()
     return True
-
-
-def _check_device(device: str) -> None:
-    """Before any work is done."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[PretrainStage, ...]:
