@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test test-all check clean
+.PHONY: run test test-all check web clean
 
-run: $(VENV)/.ready-run  ## train the quickstart model, or go on with it (FRESH=1 starts over)
+run: $(VENV)/.ready-run  ## the page: train there, then talk with what is trained (FRESH=1 starts over)
 	$(BIN)/qiusuo quickstart $(if $(FRESH),--fresh)
 
 test: $(VENV)/.ready-test check  ## lint, types and the tests that take under ten minutes
@@ -29,7 +29,7 @@ $(VENV)/bin/python:
 # The stamps hold what was installed: another pyproject or constraints installs again.
 $(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing Qiusuo into $(VENV) (once; torch is large)"
-	$(PIP) -e '.[report]'
+	$(PIP) -e '.[report,serve,constrain]'
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -40,6 +40,9 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.ready-test-all: $(VENV)/.ready-test
 	$(PIP) -e '.[test-all]'
 	@touch $@
+
+web:  ## build the page's assets from web/ (needs Node; the built ones are in the repository)
+	cd web && npm ci --silent && npm run check && npm run build
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from qiusuo.checkpoint.open import find_model
 from qiusuo.data.errors import DataError
 from qiusuo.engine.answer_events import Event, Kind
-from qiusuo.engine.language_model import LanguageModel, Message
+from qiusuo.engine.language_model import DRAFTS, LanguageModel, Message
+from qiusuo.engine.limits import Limits
+from qiusuo.engine.request import RequestError
 from qiusuo.terminal import without_controls
 
 HELP = """/new          begin a new conversation
@@ -77,7 +82,11 @@ class Conversation:
         if answer.finish_reason == "length":
             asked = count == self.options.get("max_tokens")
             cut = ", cut at --max-tokens" if asked else ", cut where the context ends: /new"
-        self.note(f"{count} tokens, {count / max(seconds, 1e-9):.1f} a second{cut}\n")
+        usage = answer.usage
+        thought = f" ({usage.reasoning_tokens} of thought)" if usage.reasoning_tokens else ""
+        read = f"; read {usage.prompt_tokens}, of them {usage.cached_tokens} from the cache"
+        rate = count / max(seconds, 1e-9)
+        self.note(f"{count} tokens{thought}, {rate:.1f} a second{cut}{read}\n")
 
     def command(self, line: str) -> bool:
         """Obey a /command; False to leave."""
@@ -106,6 +115,20 @@ class Conversation:
             self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
+def check_draft(draft: str) -> None:
+    """CheckpointError for what is neither a way to draft nor a model: before minutes of loading."""
+    if draft not in DRAFTS:
+        find_model(draft)
+
+
+def limits_for(cache_gb: float | None, keep_prefixes: Path | None) -> Limits:
+    """What the engine may take: 10^9 bytes each. ValueError for what cannot be."""
+    if cache_gb is not None and not 0 < cache_gb < math.inf:
+        raise ValueError(f"--cache-gb must be a number above 0, not {cache_gb}")
+    cache = None if cache_gb is None else round(cache_gb * 1e9)
+    return Limits(cache_bytes=cache, prefix_folder=keep_prefixes)
+
+
 def converse(conversation: Conversation) -> bool:
     """Ask for questions until the end of the input. At a terminal Ctrl-C stops an answer; from a
     pipe it ends the program, as everywhere. False if a question was refused, with the reason on
@@ -121,7 +144,7 @@ def converse(conversation: Conversation) -> bool:
         elif line:
             try:
                 conversation.ask(line)
-            except DataError as error:
+            except (DataError, RequestError) as error:
                 print(f"qiusuo: {without_controls(str(error))}", file=sys.stderr)
                 answered = False
             except KeyboardInterrupt:

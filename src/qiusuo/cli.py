@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from qiusuo import cli_money
 from qiusuo.version import __version__
 
 app = typer.Typer(
@@ -18,6 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Qiusuo (求索): the whole DeepSeek recipe, from text to a model you own.",
 )
+
+app.add_typer(cli_money.keys, name="keys")
+app.add_typer(cli_money.accounts, name="accounts")
+app.add_typer(cli_money.prices, name="prices")
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
 SetOption = Annotated[
@@ -55,9 +60,14 @@ def quickstart(
     recipe: Annotated[str, typer.Option(help="A recipe's name or path.")] = "quickstart",
     set_: SetOption = None,
     device: DeviceOption = "cpu",
+    page: Annotated[bool, typer.Option(help="Show it on a page; else in the terminal alone.")] = (
+        True
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page.")] = 8000,
 ) -> None:
-    """Train a small DeepSeek-V3 on the built-in text and let it write; goes on when run again."""
-    from qiusuo.quickstart import is_recipe_of
+    """Train a small DeepSeek-V3 on the built-in text, watched on a page, and let it write; goes on
+    when run again."""
+    from qiusuo.quickstart import is_recipe_of, remove_run
     from qiusuo.quickstart import quickstart as start
     from qiusuo.training.recipe import RecipeError, read_recipe
 
@@ -65,8 +75,20 @@ def quickstart(
     path = run or Path("runs") / read.name
     if set_ and not fresh and not is_recipe_of(path, read):
         raise RecipeError(f"{path} has another recipe: give --fresh to train anew with --set")
-    if not start(read, path, fresh, device):
-        typer.echo("Stopped and saved. Go on with: make run, or qiusuo quickstart")
+    if fresh and path.exists():
+        remove_run(path)
+    if page:
+        from qiusuo.quickstart_page import quickstart_with_page
+        from qiusuo.server.settings import Settings
+
+        words = ["--recipe", recipe, "--run", str(path), "--device", device]
+        words += [word for change in set_ or [] for word in ("--set", change)]
+        finished = quickstart_with_page(path, words, Settings(port=port))
+    else:
+        finished = start(read, path, device)
+        if not finished:
+            typer.echo("Stopped and saved. Go on with: make run, or qiusuo quickstart")
+    if not finished:
         raise typer.Exit(130)
 
 
@@ -141,27 +163,99 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draws, to repeat them; without it: always others.")
+    ] = None,
     thinking: Annotated[bool, typer.Option("--thinking", help="Ask for a thought first.")] = False,
+    thinking_budget: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which a thought is closed.")
+    ] = None,
+    draft: Annotated[
+        str, typer.Option(help="Guess words: auto, mtp, ngram, none, or a smaller model.")
+    ] = "auto",
+    cache_gb: Annotated[
+        float | None, typer.Option(help="For the cache; without it a share of what is free.")
+    ] = None,
+    keep_prefixes: Annotated[
+        Path | None, typer.Option(help="Keep what was read in this folder, over restarts.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model in the terminal."""
-    from qiusuo.chat import Conversation, converse
+    from qiusuo.chat import Conversation, check_draft, converse, limits_for
     from qiusuo.engine.sampling import Sampling
     from qiusuo.terminal import load_shown
 
+    check_draft(draft)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    options |= {"top_p": top_p, "seed": seed}
     try:
-        Sampling(max_tokens, temperature, top_p=top_p, seed=seed)  # before minutes of loading
+        Sampling(**options)  # before minutes of loading
+        loaded = load_shown(model, dtype, device, limits_for(cache_gb, keep_prefixes), draft)
+        loaded.describe()  # makes the cache
     except ValueError as error:
+        if isinstance(error, _mendable()):
+            raise
         raise typer.BadParameter(str(error)) from error
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    loaded = load_shown(model, dtype, device)
-    conversation = Conversation(loaded, options | {"thinking": thinking}, system=system)
+    options |= {"thinking": thinking, "thinking_budget": thinking_budget}
+    conversation = Conversation(loaded, options, system=system)
     for question in message or []:
         conversation.ask(question)
     if message is None and not converse(conversation):
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Models: folders, runs, .gguf files, pulled names.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="What to call them, in their order (repeatable).")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Other than 127.0.0.1 needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    database: Annotated[
+        Path | None, typer.Option(help="Keys, ledger, conversations; without it beside the cache.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="The folder of runs that the studio shows.")] = (
+        Path("runs")
+    ),
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(help="For each model's cache; without it a share of what is free."),
+    ] = None,
+    draft: Annotated[
+        str, typer.Option(help="auto, mtp, ngram, none, or a smaller model.")
+    ] = "auto",
+    keep_prefixes: Annotated[
+        Path | None, typer.Option(help="Keep what was read in this folder, over restarts.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may call (repeatable).")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Serve models: the DeepSeek, OpenAI and Anthropic API, and a page to use and to watch them."""
+    from qiusuo.engine.limits import Limits
+    from qiusuo.server.serving import serve as start
+    from qiusuo.server.settings import Settings, default_database
+
+    cache = None if cache_gb is None else int(cache_gb * 1e9)
+    settings = Settings(
+        host=host,
+        port=port,
+        database=database or default_database(),
+        runs=runs,
+        origins=tuple(origin or ()),
+        dtype=dtype,
+        device=device,
+        draft=draft,
+        limits=Limits(cache_bytes=cache, prefix_folder=keep_prefixes),
+    )
+    start(settings, models or [], name or [])
 
 
 @app.command()
@@ -246,7 +340,17 @@ def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.data.errors import DataError
     from qiusuo.model.checks import ConfigError
     from qiusuo.runs.durable import RunError
+    from qiusuo.server.failure import ServerError
     from qiusuo.training.pretrain import TrainingError
     from qiusuo.training.recipe import RecipeError
 
-    return CheckpointError, ConfigError, DataError, RecipeError, RunError, TrainingError, OSError
+    return (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        RecipeError,
+        RunError,
+        ServerError,
+        TrainingError,
+        OSError,
+    )

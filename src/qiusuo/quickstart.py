@@ -23,11 +23,9 @@ from qiusuo.training.recipe import Recipe, parse_recipe
 from qiusuo.training.train import resume_run, start_run, train
 
 
-def quickstart(recipe: Recipe, path: Path, fresh: bool, device: str = "cpu") -> bool:
+def quickstart(recipe: Recipe, path: Path, device: str = "cpu") -> bool:
     """Train, or go on with what is at ``path``, by its own recipe. False where interrupted."""
     console = Console()
-    if fresh and path.exists():
-        _remove_run(path)
     state = read_status(path).get("state") if path.exists() else None
     if state == "finished":
         recipe = parse_recipe(read_recipe(path), where=str(path))
@@ -62,7 +60,7 @@ def _open(recipe: Recipe, path: Path, console: Console) -> tuple[Recipe, RunFold
     return recipe, start_run(recipe, path)
 
 
-def _remove_run(path: Path) -> None:
+def remove_run(path: Path) -> None:
     """Only ever a run folder: anything else in the way is an error of ``RunFolder``."""
     RunFolder.open(path).close()
     shutil.rmtree(path)

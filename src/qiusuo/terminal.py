@@ -22,6 +22,7 @@ from qiusuo.runs.words import format_fact
 if TYPE_CHECKING:
     from qiusuo.checkpoint.stored import Checkpoint
     from qiusuo.engine.language_model import LanguageModel
+    from qiusuo.engine.limits import Limits
     from qiusuo.model.config import ModelConfig
 
 HIDDEN_FACTS = ("License", "Languages", "Data", "Limits")  # for the card, not for the table
@@ -140,12 +141,14 @@ def describe_written(path: Path) -> str:
     return f": {show_bytes(checkpoint.stored_bytes)} of {stored}"
 
 
-def load_shown(model: str, dtype: str | None, device: str) -> LanguageModel:
+def load_shown(
+    model: str, dtype: str | None, device: str, limits: Limits, draft: str
+) -> LanguageModel:
     """Load a model to talk with, with a progress bar."""
     from qiusuo.engine.loading import load
 
     with show_progress(f"loading {model}") as progress:
-        loaded = load(model, dtype=dtype, device=device, progress=progress)
+        loaded = load(model, dtype, device, progress, limits, draft)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise CheckpointError(
             f"{model} has no chat template: it is a base model, which continues texts; in "

@@ -201,6 +201,30 @@ def test_a_grammar_may_nest(tokenizer, grammars):
 # Tokens
 
 
+@pytest.mark.parametrize(
+    ("choices", "first"),
+    [
+        (["明月", "月明"], "明月"),  # E6 98 8E and E6 9C 88
+        (["低头", "举头"], "低举"),  # E4 BD 8E and E4 B8 BE
+        (["床前明", "床前月"], "床"),
+        (["明"], "明"),
+        (["éa", "明", "a"], "明a"),  # no é in this vocabulary
+    ],
+)
+def test_characters_that_share_their_first_bytes(choices, first):
+    """In a vocabulary of whole characters no token is a single byte."""
+    constraint = Constraint("choice", choices)
+    allowed = allowed_ids(OF_CHARACTERS.matcher(constraint))
+    assert allowed == {CHARACTERS.token_id(character) for character in first}
+    able = [choice for choice in choices if "é" not in choice]
+    for seed in range(8):
+        assert CHARACTERS.decode(write(OF_CHARACTERS, constraint, seed)) in able
+    for choice in able:
+        matcher = OF_CHARACTERS.matcher(constraint)
+        spell(matcher, CHARACTERS, choice)
+        assert matcher.finished
+
+
 def test_characters_may_be_split_over_tokens():
     matcher = OF_BPE.matcher(Constraint("regex", "[锦瑟]"))
     pieces = BPE.encode("瑟")

@@ -106,7 +106,7 @@ def test_filters_as_in_transformers(width, filters):
 def test_filters_on_ties(values, top_k, top_p, min_p):
     """The same probabilities as transformers; of equals at the nucleus's edge (it leaves open
     which) the lower ids."""
-    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=0)
     logits = np.array(values, dtype=np.float64)
     ours, theirs = our_distribution(logits, sampling), peers_distribution(logits, sampling)
     np.testing.assert_allclose(np.sort(ours), np.sort(theirs), rtol=1e-9, atol=1e-15)
@@ -127,7 +127,7 @@ def test_mass_exactly_at_top_p_takes_no_more():
     logits = np.log2([0.5, 0.25, 0.25]) * math.log(2)
 
     def kept(top_p: float) -> list[int]:
-        return candidates(logits, Sampling(temperature=1.0, top_p=top_p))[0].tolist()
+        return candidates(logits, Sampling(temperature=1.0, top_p=top_p, seed=0))[0].tolist()
 
     assert np.exp(logits - logits.max()).tolist() == [1, 0.5, 0.5]  # exactly
     assert kept(0.5) == [0]
@@ -142,10 +142,10 @@ def test_mass_exactly_at_top_p_takes_no_more():
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(temperature=1.0),
+        Sampling(temperature=1.0, seed=0),
         Sampling(temperature=2.5, seed=5),
-        Sampling(temperature=1.0, top_k=3),
-        Sampling(temperature=0.6, top_p=0.95),
+        Sampling(temperature=1.0, top_k=3, seed=0),
+        Sampling(temperature=0.6, top_p=0.95, seed=0),
         Sampling(temperature=1.5, top_k=5, top_p=0.9, min_p=0.2, seed=6),
     ],
     ids=str,
@@ -211,9 +211,11 @@ def test_a_draw_depends_on_seed_choice_and_position_alone():
         assert draw(logits[i : i + 1], [rows[i]]) == [together[i]]
     order = torch.randperm(60, generator=generator)
     assert draw(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
-    bold = [Row(Sampling(temperature=5.0), [], [], 0, choice=choice) for choice in range(60)]
+    bold = [
+        Row(Sampling(temperature=5.0, seed=0), [], [], 0, choice=choice) for choice in range(60)
+    ]
     assert len(set(tokens(draw(logits[:1].expand(60, -1), bold)))) > 40
-    bold = [Row(Sampling(temperature=5.0), [], [], 0, choice=7) for _ in range(60)]
+    bold = [Row(Sampling(temperature=5.0, seed=0), [], [], 0, choice=7) for _ in range(60)]
     assert len(set(tokens(draw(logits[:1].expand(60, -1), bold)))) == 1
 
 
@@ -229,7 +231,7 @@ def test_zero_temperature_is_the_first_of_the_likeliest():
     ids=str,
 )
 def test_narrowest_settings_are_the_likeliest(narrow):
-    sampling = Sampling(**{"temperature": 1.0, **narrow})
+    sampling = Sampling(**{"temperature": 1.0, "seed": 0, **narrow})
     for position in range(40):
         assert draw_one(LOGITS, sampling, position).token == 2
         assert draw_one([-800.0, 900.0, 200.0], sampling, position).token == 1
@@ -238,7 +240,7 @@ def test_narrowest_settings_are_the_likeliest(narrow):
 
 def test_hottest_setting_is_uniform_over_what_is_allowed():
     logits = [-math.inf, -900.0, 900.0]
-    drawn = {draw_one(logits, Sampling(temperature=1e300), i).token for i in range(40)}
+    drawn = {draw_one(logits, Sampling(temperature=1e300, seed=0), i).token for i in range(40)}
     assert drawn == {1, 2}
 
 
@@ -249,7 +251,7 @@ def test_numbers_at_the_ends_never_draw_what_cannot_be(width, number, monkeypatc
     logits = [-math.inf] * width
     logits[1], logits[width - 2] = 0.3, 0.1
     for filters in ({}, {"top_p": 0.99}):
-        drawn = draw_one(logits, Sampling(temperature=1.0, **filters))
+        drawn = draw_one(logits, Sampling(temperature=1.0, **filters, seed=0))
         assert drawn.token == (1 if number == 0 else width - 2)
 
 
@@ -308,7 +310,7 @@ def test_history_may_be_an_array():
 
 def test_a_bias_can_force_and_forbid():
     assert draw_one(LOGITS, Sampling(logit_bias={5: 100.0})).token == 5
-    forbidding = Sampling(temperature=1.0, logit_bias={2: -100.0})
+    forbidding = Sampling(temperature=1.0, logit_bias={2: -100.0}, seed=0)
     rows = [row(forbidding, position) for position in range(3000)]
     drawn = tokens(draw(torch.tensor(LOGITS).expand(3000, -1), rows))
     assert set(drawn) == {0, 1, 3, 4, 5, 6, 7}
@@ -317,7 +319,7 @@ def test_a_bias_can_force_and_forbid():
 def test_only_allowed_tokens_are_drawn():
     allowed = torch.tensor([True, False, False, True, False, False, False, True])
     for temperature in (0.0, 3.0):
-        sampling = Sampling(temperature=temperature)
+        sampling = Sampling(temperature=temperature, seed=0)
         drawn = {draw_one(LOGITS, sampling, i, allowed_W=allowed).token for i in range(100)}
         assert drawn == ({0} if temperature == 0 else {0, 3, 7})
     drawn = draw_one(LOGITS, Sampling(), allowed_W=allowed, banned=frozenset([0, 99]))
@@ -339,7 +341,7 @@ def test_a_ban_yields_where_a_constraint_allows_nothing_else():
 def test_logprobs_are_the_models_own():
     logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(1)) * 5 + 70
     exact = logits.double().log_softmax(-1)
-    sampling = Sampling(temperature=9.0, top_k=9, logit_bias={3: 2.0}, logprobs=6)
+    sampling = Sampling(temperature=9.0, top_k=9, logit_bias={3: 2.0}, logprobs=6, seed=0)
     for i, drawn in enumerate(draw(logits, [row(sampling, i) for i in range(4)])):
         assert drawn.logprob == pytest.approx(float(exact[i, drawn.token]), abs=1e-5)
         values, ids = exact[i].topk(6)
@@ -371,7 +373,7 @@ def test_token_logprobs():
     assert good == Drawn(4, answers[0].logprob)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=0)])
 def test_a_bad_row_spoils_no_other(sampling):
     logits = torch.tensor(LOGITS).repeat(5, 1)
     rows = [row(sampling, i) for i in range(5)]
@@ -392,5 +394,5 @@ def test_half_precision_logits_and_no_rows():
     assert draw(torch.tensor([LOGITS], dtype=torch.bfloat16), [row(Sampling())])[0].token == 2
     assert draw(torch.empty(0, 8), []) == []
     before = torch.tensor([LOGITS])
-    draw(before, [row(Sampling(temperature=1.0, logit_bias={0: 5.0}))])
+    draw(before, [row(Sampling(temperature=1.0, logit_bias={0: 5.0}, seed=0))])
     assert before.tolist() == torch.tensor([LOGITS]).tolist()  # never written to

@@ -112,3 +112,33 @@ def test_a_long_stop_string_in_a_long_text() -> None:
 def test_what_is_no_list_of_strings_is_refused(stops: Sequence[str]) -> None:
     with pytest.raises(ValueError, match="stops must be a list of strings that are not empty"):
         StopStrings(stops)
+
+
+@given(
+    st.text("ab", max_size=20),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 12),
+    st.lists(st.integers(0, 4), max_size=6),
+)
+def test_strings_that_are_complete_too_early_are_let_pass(text, stops, early, cuts):
+    """What ends behind the first ``early`` characters is found, wherever it began."""
+    search = StopStrings(stops)
+    search.watching = False
+    head, tail = text[:early], text[early:]
+    given = ""
+    for length in cuts:
+        given, head = given + search.push(head[:length])[0], head[length:]
+    given += search.push(head)[0]
+    search.watching = True
+    given += search.push(tail)[0] + search.finish()
+    ends = [
+        (end, -len(stop), stop)
+        for stop in stops
+        for end in range(max(len(stop), early + 1), len(text) + 1)
+        if text[end - len(stop) : end] == stop
+    ]
+    if not ends:
+        assert (given, search.stopped) == (text, None)
+    else:
+        end, _, stop = min(ends)
+        assert (given, search.stopped) == (text[: end - len(stop)], stop)

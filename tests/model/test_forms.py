@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qiusuo.engine.paged_cache import PagedCache
+from qiusuo.model import gqa, mla
 from qiusuo.model.groups import Whole
 from qiusuo.model.transformer import Transformer
+from tests.kernels.sizes import Sizes
 from tests.model.shapes import FAMILIES, VARIANTS, tiny_model
 
 CPU = torch.device("cpu")
@@ -57,8 +59,37 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_absorbed_is_expanded(changes):
     model = tiny_model(**changes)
     expanded, absorbed = model(TOKENS), model(TOKENS, groups=(Whole(3, 29, absorbed=True),))
-    assert_close(absorbed.x_BTD, expanded.x_BTD)
-    assert not torch.equal(absorbed.x_BTD, expanded.x_BTD)  # it was another way
+    with torch.enable_grad():
+        trained_BTD = model(TOKENS).x_BTD.detach()
+    for form in (expanded, absorbed):
+        assert_close(form.x_BTD, trained_BTD)
+        assert not torch.equal(form.x_BTD, trained_BTD)  # it was another way
+
+
+@pytest.mark.parametrize("name", ["v3", "qwen2"])
+@torch.no_grad()
+def test_long_contexts_by_tiles(name, monkeypatch):
+    model = tiny_model(**FAMILIES[name])
+    with torch.enable_grad():
+        trained_BTD = model(TOKENS).x_BTD.detach()
+    for room in (mla, gqa):
+        monkeypatch.setattr(room, "TILE", 7)
+    assert_close(model(TOKENS).x_BTD, trained_BTD)
+    assert_close(in_pieces(model, TOKENS, [(11, False), (18, False)]), trained_BTD)
+
+
+@torch.no_grad()
+def test_the_heads_of_a_group_are_not_given_copies_of_their_keys():
+    model = tiny_model(model_type="qwen2", num_attention_heads=6, num_key_value_heads=1)
+    attend = model.model.main_blocks[0].self_attn
+    keys, queries, width = 3 * gqa.TILE, 40, attend.width
+    cached_BSKE = torch.randn(1, keys, 1, width)
+    largest = max(queries * gqa.TILE, 2 * queries * attend.heads * width)
+    assert largest < keys * attend.heads * width  # what copies would take
+    with Sizes() as sizes:
+        q_BTHE = torch.randn(1, queries, attend.heads, width)
+        attend.attend_expanded(q_BTHE, cached_BSKE, cached_BSKE, None)
+    assert sizes.largest <= largest
 
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)

@@ -22,6 +22,7 @@ from qiusuo.data.errors import DataError, unknown
 from qiusuo.data.plain_text import is_ordinary, without_special_tokens
 from qiusuo.data.template_guard import TemplateGuard, spelling_pattern
 from qiusuo.data.tokenizer_files import FIELDS, read_tokenizer, save_tokenizer
+from qiusuo.data.unfinished_turn import render_unfinished
 
 if TYPE_CHECKING:
     import tokenizers
@@ -207,9 +208,12 @@ class Tokenizer:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
     ) -> list[int]:
         """The ids of a conversation; messages cannot forge markers (see template_guard.py).
 
+        With `continue_last` they end where the assistant's last message does, for the model to go
+        on; `add_generation_prompt` is then without effect.
         `variables` are what this template asks for besides; see `render_chat`.
         For messages that spell no special token these are exactly the ids of the rendered text.
         """
@@ -221,12 +225,12 @@ class Tokenizer:
         check_messages(messages)
         texts = (messages, tools, variables, self.chat_template)
         guard = TemplateGuard(list(self.special_tokens), *texts)
-        rendered = render_chat(
+        prompted = functools.partial(render_chat, add_generation_prompt=add_generation_prompt)
+        rendered = (render_unfinished if continue_last else prompted)(
             self.chat_template,
             [guard.hide_message(message) for message in messages],
             bos_token=self.bos_token,
             eos_token=self.eos_token,
-            add_generation_prompt=add_generation_prompt,
             thinking=thinking,
             tools=guard.hide(tools),
             variables=guard.hide(variables),

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from qiusuo.engine.sampler import Drawn
+
 
 class Kind(StrEnum):
     THOUGHT = "thought"
@@ -27,13 +29,18 @@ class Flaw(StrEnum):
 @dataclass(frozen=True)
 class Event:
     """``text`` is a piece of a thought, of the content or of a call's arguments (JSON); ``index``
-    counts the calls of an answer; ``name`` comes with CALL_BEGIN, ``flaw`` with CALL_END."""
+    counts the calls of an answer; ``name`` comes with CALL_BEGIN, ``flaw`` with CALL_END.
+
+    ``drawn``, of thought and content where log-probabilities were asked for: the tokens of which
+    a piece of text comes first in here. Those that give no text (marks, frames of calls, white
+    space around a thought, a stop string) are of no event."""
 
     kind: Kind
     text: str = ""
     index: int | None = None
     name: str | None = None
     flaw: Flaw | None = None
+    drawn: tuple[Drawn, ...] = ()
 
 
 class EventWriter:
@@ -145,7 +152,8 @@ def merged(events: Iterable[Event]) -> list[Event]:
         last = result[-1] if result else None
         pieces = (Kind.THOUGHT, Kind.CONTENT, Kind.ARGUMENTS)
         if last and event.kind in pieces and (last.kind, last.index) == (event.kind, event.index):
-            result[-1] = Event(event.kind, last.text + event.text, event.index)
+            text, drawn = last.text + event.text, last.drawn + event.drawn
+            result[-1] = Event(event.kind, text, event.index, drawn=drawn)
         else:
             result.append(event)
     return result

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.answer_events import Event, Kind, merged
+from qiusuo.engine.origins import Origins
+from qiusuo.engine.sampler import Drawn
 from qiusuo.engine.stops import StopStrings
 from qiusuo.engine.text_stream import Part, TextStream, ThoughtSplitter
 from qiusuo.engine.tool_calls import ToolFormat
@@ -21,6 +23,8 @@ class AnswerStream:
 
     ``thought_open``: whether the prompt left a thought open; None for plain text, where nothing is
     a thought and no white space a frame. ``tools`` is None where calls are plain text too.
+    ``continued``: the answer, or the thought that is open, goes on with words of the prompt.
+    ``keep_drawn``: the events tell which tokens they came from; every push then has its own.
 
     ``stopped`` is the stop string that was met: the answer is over, and later tokens are dropped.
     It may appear in ``finish`` as well. ``reasoning_tokens`` are those up to the one that closed
@@ -32,9 +36,14 @@ class AnswerStream:
         thought_open: bool | None,
         stops: Sequence[str] = (),
         tools: ToolFormat | None = None,
+        continued: bool = False,
+        keep_drawn: bool = False,
     ) -> None:
         self.text = TextStream(tokenizer)
+        self.origins = Origins() if keep_drawn else None
         self.splitter = None if thought_open is None else ThoughtSplitter(thought_open)
+        if self.splitter is not None and continued:
+            self.splitter.begun, self.splitter.may_open = True, False
         self.calls = None if tools is None else tools.parser()
         self.stops = StopStrings(stops)
         self.tokens = self.reasoning_tokens = 0
@@ -47,12 +56,14 @@ class AnswerStream:
     def in_thought(self) -> bool:
         return self.splitter is not None and self.splitter.part is Part.THOUGHT
 
-    def push(self, token: int) -> list[Event]:
+    def push(self, token: int, drawn: Drawn | None = None) -> list[Event]:
         if self.stopped is not None:
             return []
         thinking = self.in_thought
         self.tokens += 1
-        events = self._events(self._parts(self.text.push(token)))
+        if self.origins is not None and drawn is not None:
+            self.origins.token(drawn)
+        events = self._read(self.text.push(token))
         if thinking or self.in_thought:
             self.reasoning_tokens = self.tokens
         return events
@@ -62,13 +73,25 @@ class AnswerStream:
         off, and a call that is not whole ends with a flaw."""
         if self.stopped is not None:
             return []
-        parts = [*self._parts(self.text.finish())]
+        events = self._read(self.text.finish())
         if self.splitter is not None:
-            parts += self.splitter.finish()
-        events = self._events(parts)
+            events += self._events(self.splitter.finish())
         if self.calls is not None:
             events += self._stopped_at(self.calls.finish(cut=reason != "stop"))
-        return merged([*events, *_content(self.stops.finish())])
+        return merged([*events, *self._content(self.stops.finish())])
+
+    def _read(self, text: str) -> list[Event]:
+        if self.origins is None:
+            return self._events(self._parts(text))
+        events: list[Event] = []
+        for character in text:
+            thinking = self.in_thought
+            marks = () if thinking or self.calls is None else self.calls.marks
+            self.origins.character(character, marks)
+            events += self._events(self._parts(character))
+            if thinking != self.in_thought:  # it was the last of a mark
+                self.origins.skip()
+        return merged(events)
 
     def _parts(self, text: str) -> Iterable[tuple[Part, str]]:
         return [(Part.ANSWER, text)] if self.splitter is None else list(self.splitter.push(text))
@@ -77,9 +100,10 @@ class AnswerStream:
         events: list[Event] = []
         for part, text in parts:
             if part is Part.THOUGHT:
-                events.append(Event(Kind.THOUGHT, text))
+                drawn = () if self.origins is None else self.origins.thought(text)
+                events.append(Event(Kind.THOUGHT, text, drawn=drawn))
             elif self.calls is None:
-                events += self._stopped_at(_content(text))
+                events += self._stopped_at([Event(Kind.CONTENT, text)] if text else [])
             else:
                 events += self._stopped_at(self.calls.push(text))
         return merged(events)
@@ -92,13 +116,17 @@ class AnswerStream:
             if self.stopped is not None:
                 break
             if event.kind is Kind.CONTENT:
-                given += _content(self.stops.push(event.text)[0])
+                if self.origins is not None:
+                    self.origins.hold(event.text)
+                given += self._content(self.stops.push(event.text)[0])
             else:
                 if event.kind is Kind.CALL_BEGIN:
-                    given += _content(self.stops.finish())
+                    given += self._content(self.stops.finish())
+                if self.origins is not None:
+                    self.origins.skip()
                 given.append(event)
         return given
 
-
-def _content(text: str) -> list[Event]:
-    return [Event(Kind.CONTENT, text)] if text else []
+    def _content(self, text: str) -> list[Event]:
+        drawn = () if self.origins is None else self.origins.content(len(text))
+        return [Event(Kind.CONTENT, text, drawn=drawn)] if text else []

@@ -62,7 +62,7 @@ class Answering:
 
     def _hear(self, sequence: Sequence, drawn: Drawn) -> str | None:
         if drawn.token not in sequence.request.end_ids:
-            self._give(self.stream.push(drawn.token))
+            self._give(self.stream.push(drawn.token, drawn))
         self._steer()
         return None if self.stream.stopped is None else "stop"
 

@@ -21,10 +21,12 @@ from torch import Tensor
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.unfinished_turn import Turn, turn_so_far
 from qiusuo.engine.answer_events import Event, Kind
 from qiusuo.engine.answer_stream import AnswerStream
 from qiusuo.engine.answering import Answering, OnEvent
 from qiusuo.engine.constraint import Constraint, Matcher
+from qiusuo.engine.forced_calls import forced_matchers, never_calling
 from qiusuo.engine.request import Request, RequestError
 from qiusuo.engine.request import Sequence as Answer
 from qiusuo.engine.sampler import Drawn
@@ -73,7 +75,9 @@ class Completion:
 class Message:
     """A model's turn of a conversation. ``reasoning_content`` is its thought without the marks,
     None where it had none; ``tool_calls`` as OpenAI's and DeepSeek's API write them; ``drawn`` and
-    ``versions`` as in ``Completion``."""
+    ``versions`` as in ``Completion``. ``reasoning_drawn`` and ``content_drawn``: those of the
+    tokens drawn that gave the thought and the content their text (see ``Event``), where
+    log-probabilities were asked for. Of a turn that was continued all of it is only what is new."""
 
     content: str
     reasoning_content: str | None
@@ -82,7 +86,10 @@ class Message:
     finish_reason: str
     usage: Usage
     drawn: list[Drawn] = field(default_factory=list, repr=False)
+    reasoning_drawn: list[Drawn] = field(default_factory=list, repr=False)
+    content_drawn: list[Drawn] = field(default_factory=list, repr=False)
     versions: list[int] = field(default_factory=list, repr=False)
+    experts: Tensor | None = field(default=None, repr=False)  # as in ``Completion``
     role: str = "assistant"
 
 
@@ -96,6 +103,7 @@ class Asked(Generic[T]):
     tokenizer: Tokenizer | None
     matchers: tuple[Matcher, ...] = ()  # one for each answer, or none
     thought_open: bool | None = None
+    continued: bool = False  # the answer goes on with words that stand in the prompt
     calls: ToolFormat | None = None
     thinking_budget: int | None = None
 
@@ -111,7 +119,14 @@ class Asked(Generic[T]):
         return [
             Answering(
                 sequence,
-                AnswerStream(self.tokenizer, self.thought_open, stops, self.calls),
+                AnswerStream(
+                    self.tokenizer,
+                    self.thought_open,
+                    stops,
+                    self.calls,
+                    continued=self.continued,
+                    keep_drawn=self.request.sampling.logprobs is not None,
+                ),
                 tokenizer=self.tokenizer,
                 thinking_budget=self.thinking_budget,
                 matcher=matcher,
@@ -130,10 +145,19 @@ def prepare_chat(
     thinking: bool = False,
     thinking_budget: int | None = None,
     constraint: Constraint | None = None,
+    continue_last: bool = False,
+    must_call: str | bool = False,
+    allow_calls: bool = True,
     **sampling: Any,
 ) -> Asked[Message]:
     """A conversation through the model's own template. ``request``: fields of ``Request`` (``n``,
     ``priority`` and so on); ``sampling``: of ``Sampling``; the rest as in ``LanguageModel.chat``.
+
+    ``continue_last``: the last message is the assistant's, and the answer goes on where it ends
+    (see ``turn_so_far``). ``must_call``: True for a call of one or more tools, a name for one call
+    of that tool, after the thought; a ``constraint`` then has no content to hold for.
+    ``allow_calls=False`` hides the tools from the model, and keeps it from beginning a call.
+
     DataError, RequestError or ValueError for what cannot be answered."""
     tokenizer = lm.needed_tokenizer()
     if thinking_budget is not None and (
@@ -141,7 +165,13 @@ def prepare_chat(
     ):
         raise RequestError(f"thinking_budget must be 0 or more tokens, not {thinking_budget!r}")
     options = Sampling(**({"max_tokens": CHAT_TOKENS} | sampling))
-    prompt = tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+    if not allow_calls:
+        tools, options = None, never_calling(tokenizer, options)
+    prompt = tokenizer.apply_chat_template(
+        messages, thinking=thinking, tools=tools, continue_last=continue_last
+    )
+    turn = turn_so_far(messages, thinking) if continue_last else Turn()
+    thought_open = turn.open if turn.begun else tokenizer.opens_thought(prompt)
     if len(prompt) >= lm.engine.capacity:
         raise DataError(
             f"the conversation has {len(prompt)} tokens and leaves no room for an answer: the "
@@ -149,12 +179,19 @@ def prepare_chat(
         )
     asked = Request(tuple(prompt), options, lm.stop_ids, **dict(request))
     lm.engine.check(asked, "the conversation")
+    if must_call is False:
+        matchers = _matchers(lm, constraint, asked.n)
+    else:
+        matchers = forced_matchers(
+            lm.grammars, tokenizer, tools or (), must_call, asked.n, thought_open
+        )
     return Asked(
         asked,
         _message,
         tokenizer,
-        matchers=_matchers(lm, constraint, asked.n),
-        thought_open=tokenizer.opens_thought(prompt),
+        matchers=matchers,
+        thought_open=thought_open,
+        continued=turn.continued,
         calls=format_of(tokenizer) if tools else None,
         thinking_budget=thinking_budget,
     )
@@ -205,6 +242,10 @@ def _text(events: list[Event], kind: Kind) -> str:
     return "".join(event.text for event in events if event.kind is kind)
 
 
+def _drawn(events: list[Event], kind: Kind) -> list[Drawn]:
+    return [one for event in events if event.kind is kind for one in event.drawn]
+
+
 def _completion(sequence: Answer, answering: Answering | None) -> Completion:
     return _completed(sequence, answering, _finish(sequence, answering))
 
@@ -248,5 +289,8 @@ def _message(sequence: Answer, answering: Answering | None) -> Message:
         finish_reason="tool_calls" if calls and reason == "stop" else reason,
         usage=_usage(sequence, answering),
         drawn=sequence.drawn,
+        reasoning_drawn=_drawn(events, Kind.THOUGHT),
+        content_drawn=_drawn(events, Kind.CONTENT),
         versions=sequence.versions,
+        experts=torch.cat(sequence.experts) if sequence.experts else None,
     )

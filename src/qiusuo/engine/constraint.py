@@ -57,8 +57,9 @@ class Grammars:
         # The library wants some end; where the request has none, it is masked like the rest.
         ends = self.ends or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
         try:
+            description, count = _readable(tokenizer)
             self._vocabulary = self._library.LLTokenizer(
-                _readable(tokenizer), n_vocab=tokenizer.vocab_size, eos_token=ends or None
+                description, n_vocab=count, eos_token=ends or None
             )
         except Exception as error:  # the library has no class of its own
             raise DataError(
@@ -190,6 +191,17 @@ class Matcher:
         if count:
             self._state.rollback(count)
 
+    def fitting(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens could come next, one after the other, ends not counted."""
+        grammars, count = self._grammars, 0
+        if self._ended:
+            return 0
+        for token in tokens:
+            if not 0 <= token < grammars.vocab_size or grammars.never_W[token]:
+                break
+            count += 1
+        return int(self._state.validate_tokens(list(tokens[:count])))
+
     def _fits(self, token: int) -> bool:
         grammars = self._grammars
         if self._ended or not 0 <= token < grammars.vocab_size:
@@ -208,14 +220,15 @@ def _library() -> Any:
         ) from error
 
 
-def _readable(tokenizer: Tokenizer) -> str:
-    """The tokenizer.json as the library can read it, with every marker special and renamed.
+def _readable(tokenizer: Tokenizer) -> tuple[str, int]:
+    """The tokenizer.json as the library can read it, with every marker special and renamed; and
+    how many tokens it has there.
 
     Most of DeepSeek's own markers are not flagged, and so would count as text. Renamed, because
     where only one text can follow, the library allows only the tokens its encoding gives: text
     that spells a marker must not be encoded to it."""
     renamed = {text: f"\ue000{index}\ue001" for text, index in tokenizer.special_tokens.items()}
-    description = json.loads(tokenizer.backend.to_str())
+    description, count = json.loads(tokenizer.backend.to_str()), tokenizer.vocab_size
     for token in description["added_tokens"]:
         token["special"] = token["content"] in renamed
         token["content"] = renamed.get(token["content"], token["content"])
@@ -230,7 +243,21 @@ def _readable(tokenizer: Tokenizer) -> str:
     if (description["decoder"] or {"type": "Fuse"})["type"] == "Fuse":
         # Tokens that are the text they spell. The library knows that by this name alone.
         description["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]}
-    return json.dumps(description, ensure_ascii=False)
+        count += _add_bytes(model, count)
+    return json.dumps(description, ensure_ascii=False), count
+
+
+def _add_bytes(model: dict[str, Any], count: int) -> int:
+    """Add every single byte behind the tokens; how many were added. Where all that may follow
+    begins with the same byte, the library asks for the tokens of that byte, and gives up if there
+    are none. They are padding to the model, which never draws them."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    if isinstance(model["vocab"], list):
+        model["vocab"] += [[name, 0.0] for name in names]
+    else:
+        names = [name for name in names if name not in model["vocab"]]
+        model["vocab"] |= {name: count + place for place, name in enumerate(names)}
+    return len(names)
 
 
 def _choices(value: object) -> str:

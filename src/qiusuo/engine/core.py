@@ -185,6 +185,8 @@ class Engine:
         self.scheduler.disk = None  # its mark was another model's
         for sequence in self.scheduler.running:
             sequence.outdated = True
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            sequence.swapped = bool(sequence.experts)
         self.writer.version += 1
         return self.version
 

@@ -18,6 +18,7 @@ from qiusuo.engine.answer_events import Event, EventWriter, MarkScanner, is_obje
 
 CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, *_OUTPUTS, SEPARATOR = TOOL_TOKENS
 SPELLINGS = {mark.replace("▁", gap): mark for mark in TOOL_TOKENS for gap in ("▁", "_", " ")}
+MARKS = tuple(SPELLINGS)
 
 TYPE = "function"
 FENCE, LANGUAGE = "```", "json"
@@ -45,6 +46,11 @@ class DeepSeekCalls:
         self.held = ""  # text of this place that is not given yet
         self.header = ""
         self.skip: list[str] = []
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What is now a mark and no text."""
+        return MARKS
 
     def push(self, text: str) -> list[Event]:
         for piece, mark in self.scanner.push(text):

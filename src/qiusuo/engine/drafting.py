@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -72,10 +73,18 @@ def drafting(done: Pass) -> list[Sequence]:
         for work in done.plan
         if work.sequence.finish_reason is None
         and work.sequence.pending == 1
-        and work.sequence.matcher is None  # a constraint is asked token by token
         and not work.sequence.forced
         and not work.sequence.siblings  # a fork must not share pages that drafts are written to
     ]
+
+
+def possible(sequence: Sequence) -> int:
+    """How many of a sequence's drafts can come true: no further than the answer may go, and than
+    its constraint lets them."""
+    room = max(0, sequence.room - sequence.answered - 1)
+    if sequence.matcher is None or not sequence.drafts:
+        return room
+    return min(room, sequence.matcher.fitting(sequence.drafts))
 
 
 @dataclass
@@ -100,8 +109,8 @@ class Paced:
         self.asked = len(sequences)
         self.wanted = self.pace.length(self.asked) if sequences else 0
         self.guess(done, sequences, self.wanted)
-        for sequence in sequences:  # no further than the answer may go
-            sequence.drafts = sequence.drafts[: max(0, sequence.room - sequence.answered - 1)]
+        for sequence in sequences:
+            sequence.drafts = sequence.drafts[: possible(sequence)]
         self.guessing = time.perf_counter() - began
         if self.rests and sequences and self.pace.idle(self.asked):
             self.resting = REST
@@ -128,21 +137,40 @@ class Paced:
 
 class NgramDrafter(Paced):
     """Prompt lookup: where the last few tokens have stood before, what followed them there is the
-    guess. Costs a look through the text; pays where an answer repeats its prompt (code,
-    quotations, extraction)."""
+    guess. Costs next to nothing; pays where an answer repeats its prompt (code, quotations,
+    extraction)."""
 
     def __init__(self, most: int = 4, longest: int = 3) -> None:
         super().__init__(Pace(most))
         self.longest = longest
+        self.indexes: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
 
     def guess(self, done: Pass, sequences: list[Sequence], length: int) -> None:
         for sequence in sequences:
-            sequence.drafts = self._follow(sequence.tokens, length) if length else []
+            sequence.drafts = self._follow(sequence, length) if length else []
 
-    def _follow(self, tokens: list[int], most: int) -> list[int]:
-        for size in range(self.longest, 0, -1):
-            tail = tokens[-size:]
-            for start in range(len(tokens) - size - 1, -1, -1):
-                if tokens[start : start + size] == tail:
-                    return tokens[start + size : start + size + most]
-        return []
+    def _follow(self, sequence: Sequence, most: int) -> list[int]:
+        index = self.indexes.setdefault(sequence, NgramIndex(self.longest))
+        place = index.find(sequence.tokens)
+        return [] if place is None else sequence.tokens[place : place + most]
+
+
+class NgramIndex:
+    """Where every run of up to ``longest`` tokens of one text last ended. The text only grows, and
+    each of its tokens is looked at once."""
+
+    def __init__(self, longest: int) -> None:
+        self.ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
+        self.read = 0
+
+    def find(self, tokens: list[int]) -> int | None:
+        """The place after the latest earlier occurrence of the longest run at the text's end."""
+        for end in range(self.read + 1, len(tokens)):
+            for size, ends in enumerate(self.ends[:end], 1):
+                ends[tuple(tokens[end - size : end])] = end
+        self.read = len(tokens) - 1
+        for size in range(len(self.ends), 0, -1):
+            place = self.ends[size - 1].get(tuple(tokens[-size:]))
+            if place is not None:
+                return place
+        return None

@@ -16,6 +16,7 @@ from qiusuo.engine.answer_events import Event, EventWriter, MarkScanner, is_obje
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 SPELLINGS = {gap + mark: mark for mark in (OPEN, CLOSE) for gap in ("", "\n")}
 """The line end before a mark is its frame's, as the templates write it."""
+MARKS = tuple(sorted(SPELLINGS, key=len, reverse=True))
 
 FENCE = "```json"  # what some models put before the object
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -29,6 +30,13 @@ class HermesCalls:
         self.scanner = MarkScanner(SPELLINGS)
         self.body: _Body | None = None  # of the call that is open
         self.after_body = ""  # what may stand between an object and its closing mark
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What is now a mark and no text."""
+        if self.body is None:
+            return MARKS
+        return () if self.body.quoted else (OPEN, CLOSE)
 
     def push(self, text: str) -> list[Event]:
         self._read(text, final=False)

@@ -57,6 +57,7 @@ class LanguageModel:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.limits, self.draft = limits or Limits(), draft
         self._wheel, self._driver = threading.Lock(), ""
+        self._abandoned: deque[Answer] = deque()  # of streams closed while someone else drove
 
     @property
     def config(self) -> ModelConfig:
@@ -125,6 +126,9 @@ class LanguageModel:
         n: int = 1,
         best_of: int | None = None,
         constraint: Constraint | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        namespace: str = "",
         keep_experts: bool = False,
         **sampling: Any,
     ) -> list[Completion]:
@@ -132,17 +136,20 @@ class LanguageModel:
 
         ``sampling``: the fields of ``Sampling``. ``n`` answers to each prompt, side by side in the
         list; of ``best_of`` those with the highest mean log-probability. Equal prompts draw apart.
-        Raises RequestError or ValueError for what cannot be answered, before anything is."""
+        ``priority``, ``deadline`` (of ``time.monotonic()``), ``namespace`` and ``keep_experts`` as
+        in ``Request``. Raises RequestError or ValueError for what cannot be answered, before
+        anything is."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list: write generate([text])")
         if best_of is not None and best_of < n:
             raise RequestError(f"best_of {best_of} is less than n {n}")
         each = best_of or n
+        request = _request(priority, deadline, namespace, keep_experts)
         groups = [  # all or none
             prepare_text(
                 self,
                 prompt,
-                {"n": each, "first_choice": row * each, "keep_experts": keep_experts},
+                {"n": each, "first_choice": row * each, **request},
                 constraint=constraint,
                 what=f"prompt {row}",
                 **sampling,
@@ -166,6 +173,13 @@ class LanguageModel:
         thinking: bool = False,
         thinking_budget: int | None = None,
         constraint: Constraint | None = None,
+        continue_last: bool = False,
+        must_call: str | bool = False,
+        allow_calls: bool = True,
+        priority: int = 0,
+        deadline: float | None = None,
+        namespace: str = "",
+        keep_experts: bool = False,
         on_event: OnEvent | None = None,
         **sampling: Any,
     ) -> Message:
@@ -173,34 +187,50 @@ class LanguageModel:
 
         ``thinking`` asks templates that know both for a thought first (R1's always opens one);
         ``thinking_budget`` is how many tokens it may have. ``constraint`` holds for the answer, not
-        for the thought. ``on_event`` hears the answer grow. Raises DataError for messages that the
-        template refuses or the context cannot hold."""
+        for the thought. ``continue_last``: go on where the last message, the assistant's, ends.
+        ``must_call``: True for a call of one or more of the tools, or the name of one;
+        ``allow_calls=False`` hides them. ``priority``, ``deadline``, ``namespace`` and
+        ``keep_experts`` as in ``generate``. ``on_event`` hears the answer grow. Raises DataError
+        for messages that the template refuses or the context cannot hold."""
         asked = prepare_chat(
             self,
             messages,
+            _request(priority, deadline, namespace, keep_experts),
             tools=tools,
             thinking=thinking,
             thinking_budget=thinking_budget,
             constraint=constraint,
+            continue_last=continue_last,
+            must_call=must_call,
+            allow_calls=allow_calls,
             **sampling,
         )
         [[message]] = self._answered([asked], on_event)
         return message
 
     def stream(
-        self, messages: Sequence[GivenMessage], **options: Any
+        self,
+        messages: Sequence[GivenMessage],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        namespace: str = "",
+        keep_experts: bool = False,
+        **options: Any,
     ) -> Generator[Event, None, Message]:
         """``chat``, with its options, as an iterator over the events of the answer. Its value (of
-        ``yield from``) is the message; closed early, the answer is cancelled. The engine goes on
-        only while some iterator is asked for more."""
-        return self._stream(prepare_chat(self, messages, **options))
+        ``yield from``) is the message; closed early, the answer is cancelled, at the latest when
+        whoever drives the engine at that moment is done. The engine goes on only while some
+        iterator is asked for more."""
+        request = _request(priority, deadline, namespace, keep_experts)
+        return self._stream(prepare_chat(self, messages, request, **options))
 
     def _stream(self, asked: Asked[Message]) -> Generator[Event, None, Message]:
         heard: deque[Event] = deque()
         with self.driving(CALL):
             [sequence] = self.engine.submit(asked.request)
-            [answering] = asked.follow([sequence], [heard.append])
         try:
+            [answering] = asked.follow([sequence], [heard.append])
             while sequence.finish_reason is None:
                 with self.driving(CALL):
                     self.engine.step()
@@ -208,8 +238,8 @@ class LanguageModel:
                     yield heard.popleft()
         finally:
             if sequence.finish_reason is None:
-                with self.driving(CALL):
-                    self.engine.cancel(sequence)
+                self._abandoned.append(sequence)
+                self._cancel_abandoned()
         try:
             return asked.told(sequence, answering)
         finally:  # what was held back until the end
@@ -231,6 +261,7 @@ class LanguageModel:
                     listeners = [on_event] * len(sequences)
                     under_way.append((asked, sequences, asked.follow(sequences, listeners)))
                 while any(sequence.finish_reason is None for sequence in ours):
+                    self._let_go()
                     self.engine.step()
             except BaseException:
                 for sequence in ours:
@@ -263,10 +294,25 @@ class LanguageModel:
             )
         self._driver = who
         try:
+            self._let_go()
             yield
         finally:
             self._driver = ""
             self._wheel.release()
+            self._cancel_abandoned()
+
+    def _let_go(self) -> None:
+        """Cancel the answers of streams that were closed: for whoever drives."""
+        while self._abandoned:
+            self.engine.cancel(self._abandoned.popleft())
+
+    def _cancel_abandoned(self) -> None:
+        """The same for whoever does not, unless someone does: he looks again when he is done."""
+        while self._abandoned and self._wheel.acquire(blocking=False):
+            try:
+                self._let_go()
+            finally:
+                self._wheel.release()
 
     # -- what it is made of -----------------------------------------------------------------
 
@@ -300,6 +346,18 @@ class LanguageModel:
         """The ids of a text to continue, a beginning-of-text token before them."""
         tokenizer = self.needed_tokenizer()
         return [*tokenizer.text_start, *tokenizer.encode(text)]
+
+
+def _request(
+    priority: int, deadline: float | None, namespace: str, keep_experts: bool
+) -> dict[str, Any]:
+    """What a call asks for beside its words, as fields of ``Request``."""
+    return {
+        "priority": priority,
+        "deadline": deadline,
+        "namespace": namespace,
+        "keep_experts": keep_experts,
+    }
 
 
 def _check_draft_model(

@@ -12,7 +12,7 @@ from qiusuo.model.deepseek_config import DeepseekConfig
 STEP_TOKENS = 512
 MAX_RUNNING = 64
 PREFIX_BYTES = 4 << 30
-FEW_SHARED = 16  # queries for which a dense model's heads are rows of one product
+FEW_SHARED = 32  # queries for which a dense model's heads are rows of one product: docs/log.md
 
 
 @dataclass

@@ -4,7 +4,8 @@ The cache is cut into pages of equally many tokens, numbered from 0. A page that
 *published* under a key that stands for everything up to its end: the page's tokens, and through
 the key of the page before all tokens before, and the namespace. A later request that begins in the
 same way takes the same pages. Published pages that no one holds any longer stay as they are until
-their place is needed; the one unused for longest goes first.
+their place is needed; the one unused for longest goes first. With a page stands what the routers
+chose for its tokens, where that was asked for: who asks again takes no page without.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import heapq
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+# s tokens of a page, L MoE layers, K experts a token.
 
 
 class OutOfPagesError(RuntimeError):
@@ -40,6 +45,7 @@ class PagePool:
         self.key_of: dict[int, bytes] = {}
         self.page_of: dict[bytes, int] = {}
         self.kept: OrderedDict[int, None] = OrderedDict()  # published and unheld, oldest first
+        self.experts_of: dict[int, Tensor] = {}  # of published pages: [s, L, K], where remembered
 
     @property
     def available(self) -> int:
@@ -58,6 +64,7 @@ class PagePool:
         else:
             page, _ = self.kept.popitem(last=False)
             del self.page_of[self.key_of.pop(page)]
+            self.experts_of.pop(page, None)
         self.references[page] = 1
         return page
 
@@ -67,6 +74,11 @@ class PagePool:
         if page is not None:
             self.hold([page])
         return page
+
+    def holds(self, key: bytes) -> bool:
+        """Whether someone holds the page that was published under this key."""
+        page = self.page_of.get(key)
+        return page is not None and self.references[page] > 0
 
     def hold(self, pages: Iterable[int]) -> None:
         """One more holder for each."""
@@ -94,6 +106,15 @@ class PagePool:
             self.page_of[key] = page
             self.key_of[page] = key
 
+    def remember(self, key: bytes, experts_sLK: Tensor) -> None:
+        """What the routers chose for the tokens of the page that is found under this key."""
+        page = self.page_of.get(key)
+        if page is not None:
+            self.experts_of.setdefault(page, experts_sLK)
+
+    def remembers(self, key: bytes) -> bool:
+        return self.page_of.get(key) in self.experts_of
+
     def forget(self) -> None:
         """Nothing published may be found any more: the weights have changed."""
         for page in self.kept:
@@ -101,6 +122,7 @@ class PagePool:
         self.kept.clear()
         self.key_of.clear()
         self.page_of.clear()
+        self.experts_of.clear()
 
     def check(self) -> None:
         """Assert what holds between any two calls."""
@@ -110,5 +132,5 @@ class PagePool:
         assert not held & set(self.kept)
         assert not set(self.free) & set(self.kept)
         assert len(held) + self.available == self.count
-        assert set(self.kept) <= set(self.key_of)
+        assert set(self.kept) | set(self.experts_of) <= set(self.key_of)
         assert {page: key for key, page in self.page_of.items()} == self.key_of

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from qiusuo.engine.sampler import Drawn
@@ -52,9 +54,10 @@ def _is_unicode(text: str) -> bool:
 @dataclass(frozen=True)
 class Request:
     """``end_ids`` end an answer and are its last token. ``n`` answers; their draws are told apart
-    by numbers from ``first_choice`` on. ``priority``: higher goes first.
-    ``deadline``: of ``time.monotonic()``. Requests share beginnings within a ``namespace`` only.
-    ``keep_experts``: return the router's choices for every token."""
+    by numbers from ``first_choice`` on. A sampling that draws and has no seed gets one here, from
+    the operating system. ``priority``: higher goes first. ``deadline``: of ``time.monotonic()``.
+    Requests share beginnings within a ``namespace`` only. ``keep_experts``: return the router's
+    choices for every token."""
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
@@ -80,11 +83,9 @@ class Request:
             raise RequestError(f"deadline must be a time of time.monotonic(), not {late!r}")
         if not isinstance(self.namespace, str) or not _is_unicode(self.namespace):
             raise RequestError(f"namespace must be a text, not {self.namespace!r}")
-
-    @property
-    def needs_every_token(self) -> bool:
-        """Whether the whole prompt must be computed, and no beginning taken from the cache."""
-        return self.keep_experts or self.sampling.prompt_logprobs is not None
+        if self.sampling.seed is None and self.sampling.temperature > 0:
+            seeded = replace(self.sampling, seed=secrets.randbits(64))
+            object.__setattr__(self, "sampling", seeded)
 
 
 @dataclass(eq=False)
@@ -106,7 +107,10 @@ class Sequence:
     drawn: list[Drawn] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the weights, for each answer token
     prompt_drawn: list[Drawn] = field(default_factory=list)
-    experts: list[Tensor] = field(default_factory=list)  # [tokens, MoE layers, K] of each pass
+    experts: list[Tensor] = field(default_factory=list)  # [tokens, MoE layers, K] of each piece
+    routed: int = 0  # tokens that ``experts`` tells of
+    swapped: bool = False  # some of ``experts`` were chosen by other weights
+    refused: tuple[int, int] | None = None  # while it waits: pages free, and of it shared
     cached_tokens: int = 0  # of the prompt, found in the cache before it answered
     finish_reason: str | None = None
     error: str | None = None
@@ -123,6 +127,22 @@ class Sequence:
     @property
     def answered(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def add_experts(self, experts_NLK: Tensor) -> None:
+        self.experts.append(experts_NLK)
+        self.routed += len(experts_NLK)
+
+    def experts_between(self, start: int, stop: int) -> Tensor:
+        """A copy of the choices for some of the last tokens, [tokens, MoE layers, K]."""
+        parts: list[Tensor] = []
+        end = self.routed
+        for part in reversed(self.experts):
+            begin = end - len(part)
+            parts.append(part[max(0, start - begin) : max(0, stop - begin)])
+            if begin <= start:
+                break
+            end = begin
+        return torch.cat(parts[::-1])
 
     @property
     def pending(self) -> int:

@@ -18,6 +18,7 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,19 @@ from qiusuo.engine.language_model import LanguageModel
 from qiusuo.engine.report import Statistics
 from qiusuo.engine.request import EngineError
 from qiusuo.engine.request import Sequence as Answer
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """``running`` and ``waiting``: answers. ``cache_tokens_used`` of ``cache_tokens`` are held by
+    them; the others are free, or hold beginnings that may be found again. ``capacity``: the longest
+    prompt and answer together, in tokens."""
+
+    running: int
+    waiting: int
+    cache_tokens_used: int
+    cache_tokens: int
+    capacity: int
 
 
 class RunningEngine:
@@ -98,7 +112,7 @@ class RunningEngine:
         EngineError if the engine does not run."""
         self._running()
         request = dict(n=n, priority=priority, deadline=deadline, namespace=namespace)
-        return await self._ask(
+        return await self.ask(
             await asyncio.to_thread(prepare_chat, self.lm, messages, request, **options)
         )
 
@@ -118,11 +132,11 @@ class RunningEngine:
         keep_experts = options.pop("keep_experts", False)
         request = dict(n=n, priority=priority, deadline=deadline, namespace=namespace)
         request["keep_experts"] = keep_experts
-        return await self._ask(
+        return await self.ask(
             await asyncio.to_thread(prepare_text, self.lm, prompt, request, **options)
         )
 
-    async def _ask(self, asked: Asked[T]) -> list[AnswerHandle[T]]:
+    async def ask(self, asked: Asked[T]) -> list[AnswerHandle[T]]:
         thread = self._running()
         streams: list[Stream[T]] = [Stream(asked) for _ in range(asked.request.n)]
         handles = [
@@ -148,6 +162,22 @@ class RunningEngine:
     def statistics(self) -> Statistics:
         """As they were after the last step."""
         return copy.deepcopy(self._running().statistics)
+
+    def load(self) -> EngineLoad:
+        """How busy it is at this moment. EngineError if it does not run."""
+        self._running()
+        engine = self.lm.engine
+        pool, size = engine.pool, engine.cache.page_tokens
+        running, waiting = list(engine.scheduler.running), list(engine.scheduler.waiting)
+        siblings = [one for first in (*running, *waiting) for one in first.siblings]
+        behind = sum(one.finish_reason is None for one in siblings)  # wait for its prompt
+        return EngineLoad(
+            running=len(running),
+            waiting=len(waiting) + behind,
+            cache_tokens_used=(pool.count - pool.available) * size,
+            cache_tokens=pool.count * size,
+            capacity=engine.capacity,
+        )
 
     def _running(self) -> EngineThread:
         thread = self._thread

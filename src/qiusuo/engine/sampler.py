@@ -140,6 +140,8 @@ def _draw_row(logits_W: Floats, row: Row) -> Drawn | BadLogits:
         return bad
     token = likeliest
     if sampling.temperature > 0:
+        if sampling.seed is None:
+            raise ValueError("a draw needs a seed; a Request has one")
         number = uniform(sampling.seed, row.choice, row.position)
         token = _pick(adjusted_W, sampling, number)
     return _told(logits_W, largest, token, sampling.logprobs or 0)

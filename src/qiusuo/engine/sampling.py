@@ -14,7 +14,8 @@ MOST_STOPS = 16
 @dataclass(frozen=True)
 class Sampling:
     """``temperature=0`` takes the likeliest token. ``top_k``, ``top_p`` and ``min_p`` narrow what
-    is drawn from; ``seed`` makes an answer's draws the same whatever else is in the batch.
+    is drawn from. ``seed`` makes an answer's draws repeatable, whatever else is in the batch; None
+    gives each request one of its own.
 
     ``repetition_penalty`` looks at prompt and answer, ``presence_penalty`` and
     ``frequency_penalty`` at the answer alone. ``stop`` and ``stop_ids`` end an answer besides the
@@ -27,7 +28,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     _: KW_ONLY
     min_tokens: int = 0
     min_p: float = 0.0
@@ -56,9 +57,10 @@ class Sampling:
         _number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        _whole("seed", self.seed)
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed must be in 0..2**64-1, not {self.seed}")
+        if self.seed is not None:
+            _whole("seed", self.seed)
+            if not 0 <= self.seed < 1 << 64:
+                raise ValueError(f"seed must be in 0..2**64-1, not {self.seed}")
         _within("min_p", self.min_p, 0, 1)
         _within("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _within("presence_penalty", self.presence_penalty, -2, 2)

@@ -106,7 +106,9 @@ class Scheduler:
             if last is None or last.request.priority >= chosen.request.priority:
                 return False
             self.preempt(last)
+        chosen.refused = None
         self.found += chosen.length
+        self._recall_experts(chosen)
         self.waiting.remove(chosen)
         self.running.append(chosen)
         return True
@@ -116,23 +118,44 @@ class Scheduler:
         still need for theirs; it then holds the pages with its beginning."""
         if len(self.running) >= self.max_running:
             return False
-        promised = sum(map(self._missing_pages, self.running))
+        free = self.pool.available - sum(map(self._missing_pages, self.running))
+        wanted = self.cache.pages_for(len(sequence.tokens) + 1)
+        if wanted > free and not self._shares_enough(sequence, wanted - free, free):
+            return False
         self._find_prefix(sequence)
-        if self._missing_pages(sequence) + promised <= self.pool.available:
-            return True
-        self.drop_pages(sequence)
-        return False
+        return True
+
+    def _shares_enough(self, sequence: Sequence, missing: int, free: int) -> bool:
+        """Whether those that run hold so many pages of its beginning that ``missing`` more are not
+        needed; pages that no one holds cost as much as empty ones. A request that waits is asked at
+        every pass: its beginning is gone through again only when more pages are free than the last
+        time, or the first page that was missed is there."""
+        if sequence.refused is not None:
+            before, place = sequence.refused
+            if free <= before and not self._shared(sequence, place):
+                return False
+        shared = 0
+        while shared < missing and self._shared(sequence, shared):
+            shared += 1
+        sequence.refused = free, shared
+        return shared == missing
+
+    def _shared(self, sequence: Sequence, place: int) -> bool:
+        """Whether a page of its beginning could be taken over from someone who runs."""
+        if place >= self._findable(sequence) or not self._experts_known(sequence, place):
+            return False
+        return self.pool.holds(self._key(sequence, place))
 
     def _missing_pages(self, sequence: Sequence) -> int:
         return max(0, self.cache.pages_for(len(sequence.tokens) + 1) - len(sequence.pages))
 
     def _find_prefix(self, sequence: Sequence) -> None:
         """Take over the pages that hold the beginning already; one token at least is computed."""
-        if sequence.request.needs_every_token:
-            return
         size = self.cache.page_tokens
-        for place in range((len(sequence.tokens) - 1) // size):
+        for place in range(self._findable(sequence)):
             key = self._key(sequence, place)
+            if not self._experts_known(sequence, place):
+                break
             page = self.pool.find(key)
             if page is None:
                 page = self._from_disk(key)
@@ -144,6 +167,30 @@ class Scheduler:
         sequence.length = len(sequence.pages) * size
         if not sequence.answered:
             sequence.cached_tokens = sequence.length
+
+    def _findable(self, sequence: Sequence) -> int:
+        """Full pages of its beginning. None, where the states of every token of the prompt are
+        wanted, and not only what the cache holds of them."""
+        if sequence.request.sampling.prompt_logprobs is not None:
+            return 0
+        return (len(sequence.tokens) - 1) // self.cache.page_tokens
+
+    def _experts_known(self, sequence: Sequence, place: int) -> bool:
+        """Whether a page can be taken over without losing what the routers chose, if that is
+        wanted: it was told before a preemption, or is remembered with the page."""
+        if not sequence.request.keep_experts:
+            return True
+        told = sequence.routed >= (place + 1) * self.cache.page_tokens
+        return told or self.pool.remembers(self._key(sequence, place))
+
+    def _recall_experts(self, sequence: Sequence) -> None:
+        """The choices remembered with the pages that it has just taken over."""
+        if not sequence.request.keep_experts:
+            return
+        size = self.cache.page_tokens
+        for place in range(sequence.routed // size, len(sequence.pages)):
+            experts_sLK = self.pool.experts_of[sequence.pages[place]]
+            sequence.add_experts(experts_sLK[sequence.routed - place * size :])
 
     def _from_disk(self, key: bytes) -> int | None:
         """Hold a page for what another run left on disk, and let others find it."""
@@ -173,9 +220,12 @@ class Scheduler:
             return
         size = self.cache.page_tokens
         for place in range(since // size, sequence.length // size):
-            self.pool.publish(sequence.pages[place], self._key(sequence, place))
+            key = self._key(sequence, place)
+            self.pool.publish(sequence.pages[place], key)
+            if sequence.request.keep_experts and not sequence.swapped:
+                self.pool.remember(key, sequence.experts_between(place * size, (place + 1) * size))
             if self.disk is not None:
-                self.disk.keep(self._key(sequence, place), sequence.pages[place])
+                self.disk.keep(key, sequence.pages[place])
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Pages for ``count`` more tokens; False if only others of higher rank could give them."""

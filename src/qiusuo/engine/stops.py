@@ -19,12 +19,14 @@ from collections.abc import Sequence
 class StopStrings:
     """Gives a text on until one of ``stops`` is in it; that string and what follows is dropped.
 
-    ``stopped`` is the string that was found. ValueError for an empty stop string."""
+    ``watching``: while it is off, a string that becomes complete is let pass: an answer may have to
+    be longer. ``stopped`` is the string that was found. ValueError for an empty stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str) or not all(stops):
             raise ValueError(f"stops must be a list of strings that are not empty, not {stops!r}")
         self.stopped: str | None = None
+        self.watching = True
         self.node = 0
         self.next: list[dict[str, int]] = [{}]
         self.path = [""]  # a stop string through each node; its beginning spells the node
@@ -41,7 +43,7 @@ class StopStrings:
         before = self.node
         for place, character in enumerate(text, 1):
             self.node = self._step(self.node, character)
-            self.stopped = self.found[self.node]
+            self.stopped = self.found[self.node] if self.watching else None
             if self.stopped is not None:
                 return self._given(before, text, place, len(self.stopped)), self.stopped
         return self._given(before, text, len(text), self.depth[self.node]), None

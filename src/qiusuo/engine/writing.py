@@ -72,7 +72,9 @@ class Writer:
             sibling.pages, sibling.length = list(sequence.pages), sequence.length
             sibling.cached_tokens = sequence.length
             sibling.outdated = sequence.outdated
-            sibling.prompt_drawn, sibling.experts = sequence.prompt_drawn, list(sequence.experts)
+            sibling.prompt_drawn = sequence.prompt_drawn
+            sibling.experts, sibling.routed = list(sequence.experts), sequence.routed
+            sibling.swapped = sequence.swapped
             self.scheduler.running.append(sibling)
         return [sequence, *sequence.siblings]
 
@@ -90,7 +92,8 @@ class Writer:
                 continue
             chosen = free
             if sequence.forced:
-                (chosen,) = token_logprobs(logits_RW[row][None], [sequence.forced.pop(0)], 0)
+                top = sequence.request.sampling.logprobs or 0
+                (chosen,) = token_logprobs(logits_RW[row][None], [sequence.forced.pop(0)], top)
             if isinstance(chosen, BadLogits):
                 self._fail(sequence, chosen.reason)
                 continue
@@ -179,8 +182,8 @@ class Writer:
         """The routers' choices for the tokens that are in the cache now, each once."""
         sequence = done.plan[place].sequence
         if sequence.request.keep_experts:
-            known = sum(map(len, sequence.experts))  # what was preempted is computed twice
-            first, stop = max(0, known - done.lengths[place]), done.kept(place)
+            # What was preempted is computed twice.
+            first, stop = max(0, sequence.routed - done.lengths[place]), done.kept(place)
             if first < stop:
                 start = done.starts[place]
-                sequence.experts.append(done.experts(start + first, start + stop))
+                sequence.add_experts(done.experts(start + first, start + stop))

@@ -10,17 +10,19 @@ long as no explicit mask is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# B batch, H heads, N = B*H, X = T*H, T queries, S keys, E query/key width, V value width.
+# B batch, H heads, K key heads, G = H/K, T queries, S keys, E query/key width, V value width,
+# N = B*H, X = T*G, p pieces, h either 1 or H.
 
 _NOTHING = -1e30  # the logarithm of next to nothing
 QUERY_BLOCK = 128
 LONGEST_PLAIN = 1024
+PIECE = 1024  # keys of a long context that are one piece of work
 
 
 def attention_reference(
@@ -62,69 +64,132 @@ def attention_by_tiles(
     q_BHTE: Tensor, tiles: Iterable[tuple[Tensor, Tensor, Tensor | None]], scale: float
 ) -> Tensor:
     """Attention [B, H, T, V] over keys and values that come a tile at a time, each as (k, v, mask):
-    true where a query may look, None for everywhere. Only one tile is ever in memory.
+    true where a query may look, None for everywhere. Only one tile is ever in memory. Keys of K
+    heads serve H/K query heads each, in a row, and are not copied for them.
 
     Each tile gives its own softmax's result and the logarithm of its sum; two tiles are joined by
     weighing their results with these sums (online softmax; FlashAttention, arXiv:2205.14135 §3.1).
     Without gradients. A query may see nothing of a tile; of all tiles nothing: zeros."""
     joined: tuple[Tensor, Tensor] | None = None
-    for k_BHsE, v_BHsV, mask_BTs in tiles:
-        out_BHTV, sum_BHT1 = _tile(q_BHTE, k_BHsE, v_BHsV, scale, mask_BTs)
+    for k_BKsE, v_BKsV, mask_BTs in tiles:
+        mask_BhTs = None if mask_BTs is None else mask_BTs[:, None]
+        out_BHTV, sum_BHT = _tile(q_BHTE, k_BKsE, v_BKsV, scale, mask_BhTs)
         if joined is not None:
-            before_BHTV, before_BHT1 = joined
-            both_BHT1 = torch.logaddexp(before_BHT1, sum_BHT1)
-            before_BHTV *= (before_BHT1 - both_BHT1).exp()
-            out_BHTV = before_BHTV.add_(out_BHTV * (sum_BHT1 - both_BHT1).exp())
-            sum_BHT1 = both_BHT1
-        joined = out_BHTV, sum_BHT1
+            before_BHTV, before_BHT = joined[0].float(), joined[1]
+            both_BHT = torch.logaddexp(before_BHT, sum_BHT)
+            before_BHTV *= (before_BHT - both_BHT).exp()[..., None]
+            out_BHTV = before_BHTV.add_(out_BHTV * (sum_BHT - both_BHT).exp()[..., None])
+            sum_BHT = both_BHT
+        joined = out_BHTV, sum_BHT
     assert joined is not None
     return joined[0].to(q_BHTE.dtype)
 
 
-def _tile(
-    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(result [B, H, T, V], log of the softmax's sum [B, H, T, 1]) in float32."""
-    if q_BHTE.device.type != "cpu" or v_BHSV.shape[-1] > q_BHTE.shape[-1]:
-        scores_BHTS = (q_BHTE @ k_BHSE.transpose(-1, -2)).float() * scale
+def tiles_of_mask(
+    queries: int, keys: int, size: int, mask_BTS: Tensor | None, device: torch.device
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """The keys of every tile and its part of the mask [B, T, s]; None for all to be seen. Without
+    a mask: causal, with the last query on the last key."""
+    for start in range(0, keys, size):
+        tile = slice(start, min(start + size, keys))
         if mask_BTS is not None:
-            scores_BHTS = scores_BHTS.masked_fill(~mask_BTS[:, None], -math.inf)
-        sum_BHT1 = scores_BHTS.logsumexp(-1, keepdim=True).clamp_min(_NOTHING)
-        weights_BHTS = (scores_BHTS - sum_BHT1).exp().to(v_BHSV.dtype)
-        return (weights_BHTS @ v_BHSV).float(), sum_BHT1
-    width = v_BHSV.shape[-1]
-    added_BTS = None
-    if mask_BTS is not None:
-        zeros_BTS = torch.zeros_like(mask_BTS, dtype=q_BHTE.dtype)
-        added_BTS = zeros_BTS.masked_fill_(~mask_BTS, -math.inf)[:, None]
-    # The kernel behind scaled_dot_product_attention, asked for its sums too; widths must be equal.
-    out_BHTE, sum_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_BHTE,
-        k_BHSE,
-        F.pad(v_BHSV, (0, q_BHTE.shape[-1] - width)),
-        attn_mask=added_BTS,
-        scale=scale,
-    )
-    sum_BHT1 = sum_BHT[..., None]
-    if mask_BTS is not None:  # a query that sees nothing gets result and sum of zero
-        sum_BHT1 = sum_BHT1.masked_fill(~mask_BTS.any(-1)[:, None, :, None], _NOTHING)
-    return out_BHTE[..., :width].float(), sum_BHT1
+            yield tile, mask_BTS[..., tile]
+        elif tile.stop <= keys - queries + 1:  # before every query
+            yield tile, None
+        else:
+            ones_Ts = torch.ones(queries, tile.stop - start, dtype=torch.bool, device=device)
+            yield tile, ones_Ts.tril(keys - queries - start)[None]
 
 
 def shared_key_attention(
-    q_BTHE: Tensor, k_BSE: Tensor, v_BSV: Tensor, scale: float, mask_BTS: Tensor | None = None
+    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKV: Tensor, scale: float, mask_BTS: Tensor | None = None
 ) -> Tensor:
-    """Attention [B, T, H, V] of many heads that share their keys and values, as absorbed MLA's do.
+    """Attention [B, T, H, V] of heads that share keys and values in groups of H/K, as those of
+    absorbed MLA do (K = 1: all of them) and of grouped-query attention. For few queries and many
+    keys; without gradients.
 
-    The heads are rows of one product with the keys, so nothing is copied once per head."""
-    queries, heads = q_BTHE.shape[1:3]
-    if mask_BTS is None:
-        mask_BTS = causal_mask(queries, k_BSE.shape[1], q_BTHE.device)[None]
-    scores_BXS = torch.bmm(q_BTHE.flatten(1, 2) * scale, k_BSE.transpose(1, 2))
-    scores_BTHS = scores_BXS.unflatten(1, (queries, heads))
-    scores_BTHS = scores_BTHS.masked_fill(~mask_BTS[:, :, None], -math.inf)
-    out_BXV = torch.bmm(scores_BTHS.softmax(-1).flatten(1, 2), v_BSV)
-    return out_BXV.unflatten(1, (queries, heads))
+    Queries and heads of a group are rows of one product, so no key is copied or read once per
+    head. The keys go by blocks, so the scores are never in memory at once. Where there are no
+    other sequences to keep all cores busy, pieces of the keys are worked on side by side and
+    joined at the end (Flash-Decoding). The cut depends on T and S alone."""
+    queries, keys, shared = q_BTHE.shape[1], k_BSKE.shape[1], k_BSKE.shape[2]
+    q_BKXE = q_BTHE.unflatten(2, (shared, -1)).transpose(1, 2).flatten(2, 3)
+    pieces = (keys - queries) // PIECE  # every query sees all of them, and one key or more is left
+    if len(q_BTHE) > 1 or mask_BTS is not None or pieces < 2:
+        tiles = _tiles_of_rows(q_BTHE, k_BSKE, v_BSKV, mask_BTS)
+        out_BKXV = attention_by_tiles(q_BKXE, tiles, scale)
+    else:
+        out_BKXV = _in_pieces(q_BKXE, k_BSKE, v_BSKV, scale, pieces, queries)
+    return out_BKXV.unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _tiles_of_rows(
+    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKV: Tensor, mask_BTS: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """For ``attention_by_tiles`` of rows [T*G]. A mask is as wide as the scores unless there is one
+    query, whose heads all see the same: then all keys are one tile, which is faster."""
+    (queries, heads), (keys, shared) = q_BTHE.shape[1:3], k_BSKE.shape[1:3]
+    size, group = (keys, 1) if queries == 1 else (PIECE, heads // shared)
+    for tile, mask_BTs in tiles_of_mask(queries, keys, size, mask_BTS, q_BTHE.device):
+        mask_BXs = None if mask_BTs is None else mask_BTs.repeat_interleave(group, dim=1)
+        yield k_BSKE[:, tile].transpose(1, 2), v_BSKV[:, tile].transpose(1, 2), mask_BXs
+
+
+def _in_pieces(
+    q_1KXE: Tensor, k_1SKE: Tensor, v_1SKV: Tensor, scale: float, pieces: int, queries: int
+) -> Tensor:
+    """The result [1, K, X, V] from so many pieces side by side, and one with the rest."""
+    cut, group = pieces * PIECE, q_1KXE.shape[2] // queries
+    k_pKsE, v_pKsV = (
+        x[0, :cut].unflatten(0, (pieces, PIECE)).transpose(1, 2) for x in (k_1SKE, v_1SKV)
+    )
+    out_pKXV, sum_pKX = _tile(q_1KXE.expand(pieces, -1, -1, -1), k_pKsE, v_pKsV, scale, None)
+    k_1KsE, v_1KsV = (x[:, cut:].transpose(1, 2) for x in (k_1SKE, v_1SKV))
+    mask_11Xs = None
+    if queries > 1:
+        mask_Ts = causal_mask(queries, k_1KsE.shape[2], q_1KXE.device)
+        mask_11Xs = mask_Ts.repeat_interleave(group, dim=0)[None, None]
+    out_1KXV, sum_1KX = _tile(q_1KXE, k_1KsE, v_1KsV, scale, mask_11Xs)
+    weights_pKX = torch.cat((sum_pKX, sum_1KX)).softmax(0)
+    out_pKXV = torch.cat((out_pKXV, out_1KXV)) * weights_pKX[..., None]
+    return out_pKXV.sum(0, keepdim=True).to(q_1KXE.dtype)
+
+
+def _tile(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, scale: float, mask_BhTS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(result [B, H, T, V], log of the softmax's sum [B, H, T]), at least the latter in float32.
+    Each of K key heads serves H/K heads in a row; ``mask``: may be 1 where it is the same."""
+    width, value_width = q_BHTE.shape[-1], v_BKSV.shape[-1]
+    if q_BHTE.device.type != "cpu" or value_width > width:
+        return _tile_in_one_piece(q_BHTE, k_BKSE, v_BKSV, scale, mask_BhTS)
+    if value_width < width:
+        v_BKSV = F.pad(v_BKSV, (0, width - value_width))
+    added_BhTS = None
+    if mask_BhTS is not None:
+        zeros_BhTS = torch.zeros_like(mask_BhTS, dtype=q_BHTE.dtype)
+        added_BhTS = zeros_BhTS.masked_fill_(~mask_BhTS, -math.inf)
+    # The kernel behind scaled_dot_product_attention, asked for its sums too; widths must be equal.
+    out_BHTE, sum_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BHTE, k_BKSE, v_BKSV, attn_mask=added_BhTS, scale=scale
+    )
+    if mask_BhTS is not None:  # a query that sees nothing gets result and sum of zero
+        sum_BHT = sum_BHT.masked_fill(~mask_BhTS.any(-1), _NOTHING)
+    return out_BHTE[..., :value_width], sum_BHT
+
+
+def _tile_in_one_piece(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, scale: float, mask_BhTS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``_tile`` by its equations, for other devices and for values wider than keys."""
+    group = q_BHTE.shape[1] // k_BKSE.shape[1]
+    k_BHSE, v_BHSV = (x.repeat_interleave(group, dim=1) for x in (k_BKSE, v_BKSV))
+    scores_BHTS = (q_BHTE @ k_BHSE.transpose(-1, -2)).float() * scale
+    if mask_BhTS is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask_BhTS, -math.inf)
+    sum_BHT = scores_BHTS.logsumexp(-1).clamp_min(_NOTHING)
+    weights_BHTS = (scores_BHTS - sum_BHT[..., None]).exp().to(v_BHSV.dtype)
+    return weights_BHTS @ v_BHSV, sum_BHT
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

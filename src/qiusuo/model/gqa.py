@@ -1,8 +1,8 @@
 """Grouped-query attention (arXiv:2305.13245): several query heads share a key and a value head.
 
-The cache keeps the keys and values of the few shared heads. Two forms, as in MLA: *expanded* gives
-every query head a copy of its keys and values, for many queries at once; *shared* lets the heads
-of a group be rows of one product with the keys they share, for decoding.
+The cache keeps the keys and values of the few shared heads. Two forms, as in MLA: *expanded* lets
+every query head look at its keys and values by itself, for many queries at once; *shared* lets the
+heads of a group be rows of one product with the keys they share, for decoding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qiusuo.kernels.attention import attention, shared_key_attention
+from qiusuo.kernels.attention import (
+    attention,
+    attention_by_tiles,
+    shared_key_attention,
+    tiles_of_mask,
+)
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.groups import Group, cut
 from qiusuo.model.layers import Linear
@@ -20,6 +25,8 @@ from qiusuo.model.rope import rotate_halves
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H query heads, K key-value heads,
 # G = H/K heads of a group, E head width, P = E/2.
+
+TILE = 1024  # keys at a time where no gradient is wanted
 
 
 class GroupedQueryAttention(nn.Module):
@@ -58,21 +65,21 @@ class GroupedQueryAttention(nn.Module):
     def attend_expanded(
         self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask_BTS: Tensor | None
     ) -> Tensor:
-        group = self.heads // self.shared_heads
-        k_BHSE, v_BHSE = (
-            x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k_BSKE, v_BSKE)
-        )
-        q_BHTE = q_BTHE.transpose(1, 2)
-        return attention(q_BHTE, k_BHSE, v_BHSE, self.scale, mask_BTS).transpose(1, 2)
+        """Each query head for itself. Where a gradient is wanted it gets copies of its keys and
+        values; else they are looked at where they stand, a tile at a time."""
+        q_BHTE, k_BKSE, v_BKSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
+        if torch.is_grad_enabled():
+            group = self.heads // self.shared_heads
+            k_BHSE, v_BHSE = (x.repeat_interleave(group, dim=1) for x in (k_BKSE, v_BKSE))
+            out_BHTE = attention(q_BHTE, k_BHSE, v_BHSE, self.scale, mask_BTS)
+        else:
+            queries, keys = q_BTHE.shape[1], k_BSKE.shape[1]
+            parts = tiles_of_mask(queries, keys, TILE, mask_BTS, q_BTHE.device)
+            tiles = ((k_BKSE[:, :, s], v_BKSE[:, :, s], mask_BTs) for s, mask_BTs in parts)
+            out_BHTE = attention_by_tiles(q_BHTE, tiles, self.scale)
+        return out_BHTE.transpose(1, 2)
 
     def attend_shared(
         self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask_BTS: Tensor | None
     ) -> Tensor:
-        """Every shared head is a row of its own, with the group's heads as its queries."""
-        batch, shared = k_BSKE.shape[0], self.shared_heads
-        q_RTGE = q_BTHE.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 1)
-        k_RSE, v_RSE = (x.transpose(1, 2).flatten(0, 1) for x in (k_BSKE, v_BSKE))
-        if mask_BTS is not None:
-            mask_BTS = mask_BTS.repeat_interleave(shared, dim=0)
-        out_RTGE = shared_key_attention(q_RTGE, k_RSE, v_RSE, self.scale, mask_BTS)
-        return out_RTGE.unflatten(0, (batch, shared)).transpose(1, 2).flatten(2, 3)
+        return shared_key_attention(q_BTHE, k_BSKE, v_BSKE, self.scale, mask_BTS)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from qiusuo.kernels.attention import (
     attention,
     attention_by_tiles,
-    causal_mask,
     shared_key_attention,
+    tiles_of_mask,
 )
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
@@ -116,16 +116,9 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Keys and values a tile at a time: expanded, all of a long context would not fit."""
         latent_BSC, k_rope_BSR, _ = seen
-        keys = latent_BSC.shape[1]
-        for start in range(0, keys, TILE):
-            stop = min(start + TILE, keys)
-            if mask_BTS is not None:
-                mask_BTs = mask_BTS[..., start:stop]
-            elif stop <= keys - queries + 1:  # before every query
-                mask_BTs = None
-            else:
-                mask_BTs = causal_mask(queries, keys, latent_BSC.device)[None, :, start:stop]
-            yield (*self._expand(latent_BSC[:, start:stop], k_rope_BSR[:, start:stop]), mask_BTs)
+        keys, device = latent_BSC.shape[1], latent_BSC.device
+        for tile, mask_BTs in tiles_of_mask(queries, keys, TILE, mask_BTS, device):
+            yield (*self._expand(latent_BSC[:, tile], k_rope_BSR[:, tile]), mask_BTs)
 
     def attend_absorbed(
         self,
@@ -134,15 +127,17 @@ class MultiHeadLatentAttention(nn.Module):
         seen: Seen,
         mask_BTS: Tensor | None,
     ) -> Tensor:
-        """All heads look at the same keys [latent; rope] and the same values [latent]."""
+        """All heads look at the same keys [latent; rope] and the same values [latent]. The values
+        are taken from the keys as they stand, rope part too: copying them would cost more."""
         to_key_HNC, to_value_HCV = self.absorbed or self._halves()
         q_latent_BTHC = _per_head(q_nope_BTHN, to_key_HNC)
         q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
         k_BSE = seen.joined_BSZ
         if k_BSE is None:
             k_BSE = torch.cat((seen.first_BSX, seen.second_BSY), -1)
-        out_BTHC = shared_key_attention(q_BTHE, k_BSE, seen.first_BSX, self.scale, mask_BTS)
-        return _per_head(out_BTHC, to_value_HCV)
+        k_BS1E = k_BSE[:, :, None]
+        out_BTHE = shared_key_attention(q_BTHE, k_BS1E, k_BS1E, self.scale, mask_BTS)
+        return _per_head(out_BTHE[..., : self.latent], to_value_HCV)
 
     def absorb(self) -> None:
         """Keep every head's two matrices laid out for the absorbed form. To be called again when

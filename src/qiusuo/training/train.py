@@ -343,6 +343,7 @@ def write_samples(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        seed=0,  # two runs of a recipe are compared by what they write
     )
     for prompt, completion in zip(settings.prompts, completions, strict=True):
         yield {"prompt": prompt, "continuation": completion.text}

@@ -1,0 +1,1 @@
+"""The service: APIs, keys, an exact ledger, and the page."""

@@ -1,0 +1,1 @@
+"""The APIs that existing clients speak: DeepSeek's, OpenAI's and Anthropic's."""

@@ -1,0 +1,5 @@
+"""A server that cannot start as it was asked to."""
+
+
+class ServerError(RuntimeError):
+    """The message says what would do."""
