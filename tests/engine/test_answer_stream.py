@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.tool_format import ToolFormat
 from qiusuo.data.vocabularies import TOOL_TOKENS
 from qiusuo.engine.answer_events import Event, Flaw, Kind, merged
 from qiusuo.engine.answer_stream import AnswerStream
-from qiusuo.engine.tool_calls import ToolFormat, format_of
+from qiusuo.engine.tool_calls import format_of
 
 CALLS, CALLS_END, CALL, CALL_END, *_, SEP = TOOL_TOKENS
 DEEPSEEK, HERMES = ToolFormat.DEEPSEEK, ToolFormat.HERMES

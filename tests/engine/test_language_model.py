@@ -386,6 +386,18 @@ def test_stop_strings_end_a_text_between_tokens(chatty, tokenizer):
     assert shorter.content == message.content[: message.content.index(stop)]
 
 
+def test_stop_strings_wait_for_the_least_number_of_tokens(chatty):
+    (free,) = chatty.generate(["求"], max_tokens=12, ignore_eos=True)
+    stops = [free.text[0], "<"]  # its first token, and what many of the later ones begin with
+    ask = {"max_tokens": 12, "ignore_eos": True, "stop": stops}
+    assert len(chatty.generate(["求"], **ask)[0].token_ids) == 1
+    (answer,) = chatty.generate(["求"], min_tokens=6, **ask)
+    assert 6 <= len(answer.token_ids) < 12
+    assert answer.finish_reason == "stop"
+    assert free.text.startswith(answer.text)
+    assert answer.text
+
+
 def test_answers_that_must_fit(chatty):
     pytest.importorskip("llguidance")
     choice = Constraint("choice", ["求索", "路漫漫"])

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 import qiusuo
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.tool_format import ToolFormat
 from qiusuo.data.vocabularies import THINK_BEGIN, THINK_END, TOOL_TOKENS
 from qiusuo.engine.answer_events import Event, Kind
 from qiusuo.engine.answer_stream import AnswerStream
 from qiusuo.engine.limits import Limits
 from qiusuo.engine.sampler import Drawn
-from qiusuo.engine.tool_calls import ToolFormat
 from tests.engine.test_answer_stream import V3, V31, bpe
 from tests.model.shapes import tiny_model
 

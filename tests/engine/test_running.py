@@ -543,7 +543,7 @@ def test_an_answer_that_cannot_be_read_ends_alone(tokenizer, lm, monkeypatch):
     expected = language_model(tokenizer).chat(turn(1), max_tokens=20, ignore_eos=True)
     push = AnswerStream.push
 
-    def faulty(stream, token):
+    def faulty(stream, token, drawn):
         if stream.splitter is None and stream.tokens == 3:  # a plain text's
             raise KeyError("no such token")
         return push(stream, token)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from qiusuo.data.chat_template import default_template, render_chat
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.tool_format import ToolFormat
 from qiusuo.data.vocabularies import ASSISTANT_TOKEN, EOS_TOKEN, THINK_END, TOOL_TOKENS
 from qiusuo.engine.answer_events import Event, Flaw, Kind, merged
-from qiusuo.engine.tool_calls import ToolFormat, format_of
+from qiusuo.engine.tool_calls import format_of, parser_of
 from tests.conformance.conversations import CONVERSATIONS
 
 DEEPSEEK, HERMES = ToolFormat.DEEPSEEK, ToolFormat.HERMES
@@ -33,7 +34,7 @@ Read = tuple[str, list[Call]]
 
 def events(form: ToolFormat, text: str, cuts: Sequence[int] = (), cut: bool = False) -> list[Event]:
     """Of a text in pieces of these lengths, then the rest."""
-    parser = form.parser()
+    parser = parser_of(form)
     given: list[Event] = []
     for length in cuts:
         given += parser.push(text[:length])
@@ -279,7 +280,7 @@ def test_a_string_that_is_cut_off_in_a_fence_keeps_it() -> None:
 
 
 def test_arguments_come_as_they_are_written() -> None:
-    parser = DEEPSEEK.parser()
+    parser = parser_of(DEEPSEEK)
     pieces = [CALLS, CALL, "function", SEP, "add", "\n", "```", "json", "\n", '{"', "a", '":', " 1"]
     given = [parser.push(piece) for piece in [*pieces, "}", "\n", "```", CALL_END]]
     assert [[event.text or event.name for event in row] for row in given] == [
@@ -287,7 +288,7 @@ def test_arguments_come_as_they_are_written() -> None:
         [None],
     ]
     assert given[-1] == [Event(Kind.CALL_END, index=0)]
-    parser = HERMES.parser()
+    parser = parser_of(HERMES)
     pieces = ["<tool_call>", "\n", '{"name', '":', ' "add', '",', ' "arguments', '":', ' {"a', '":']
     given = [parser.push(piece) for piece in [*pieces, " 1", "}}", "\n", "</tool_call>"]]
     assert [[event.text or event.name for event in row] for row in given] == [

@@ -70,7 +70,7 @@ def render_chat(
         "enable_thinking": thinking,  # the name that Qwen's templates know
         **(variables or {}),
         **{name: token for name, token in tokens.items() if token is not None},
-        "messages": [_as_tested(message, template) for message in messages],
+        "messages": as_tested(messages, template),
         "add_generation_prompt": add_generation_prompt,
         "tools": list(tools) if tools else None,
     }
@@ -99,21 +99,73 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise unknown("role", message["role"], ROLES)
 
 
-def _as_tested(message: Message, template: str) -> dict[str, Any]:
-    """The message without fields that say nothing, in the form that this template tests for.
+def as_tested(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+    """The messages without fields that say nothing, in the form that this template tests for.
 
     Clients send `tool_calls: null` or `[]`, where DeepSeek-R1's template asks whether the key is
     there. Beside calls they send `content: null` or no content: DeepSeek's templates ask whether it
-    is none and fail without the key, Qwen's search in it and fail on none.
+    is none and fail without the key, Qwen's search in it and fail on none. And they send a call's
+    arguments as text, which DeepSeek's templates want; Qwen2.5's writes whatever it gets as JSON.
     """
-    present = {
-        key: value
-        for key, value in message.items()
-        if value is not None and not (key == "tool_calls" and value == [])
-    }
-    if message["role"] == "assistant":
-        present.setdefault("content", None if ASKS_FOR_NONE.search(template) else "")
-    return present
+    tested = []
+    for message in messages:
+        present = {
+            key: value
+            for key, value in message.items()
+            if value is not None and not (key == "tool_calls" and value == [])
+        }
+        if message["role"] == "assistant":
+            present.setdefault("content", None if ASKS_FOR_NONE.search(template) else "")
+            if "tool_calls" in present and _wants_objects(template):
+                present["tool_calls"] = _with_objects(present["tool_calls"])
+        tested.append(present)
+    return tested
+
+
+@functools.lru_cache(maxsize=32)
+def _wants_objects(template: str) -> bool:
+    """Whether it does not write the arguments of a call as they stand in a text.
+
+    It is asked with a call: those that can do both look at what they get."""
+    from qiusuo.data.template_limits import limited
+
+    def written(arguments: object) -> str:
+        call = {"id": "0", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        content = None if ASKS_FOR_NONE.search(template) else ""
+        turn = {"role": "assistant", "content": content, "tool_calls": [call]}
+        known = dict.fromkeys(("documents", "tools")) | {
+            "bos_token": "",
+            "eos_token": "",
+            "messages": [{"role": "user", "content": "?"}, turn],
+        }
+        try:
+            with limited():
+                return _render(template, known)
+        except Exception:  # as in `render_chat`
+            return ""
+
+    value = {"probe": 1}
+    text = json.dumps(value)
+    return text not in written(text) and "probe" in written(value)
+
+
+def _with_objects(calls: Any) -> Any:
+    """Calls with the object that their text of arguments stands for."""
+    return list(map(_with_object, calls)) if isinstance(calls, Sequence) else calls
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        value = json.loads(function["arguments"])
+        json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written
+    except (ValueError, RecursionError):  # a model may have written anything
+        return call
+    if not isinstance(value, dict):
+        return call
+    return {**call, "function": {**function, "arguments": value}}
 
 
 def _render(template: str, known: Mapping[str, Any]) -> str:

@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qiusuo.data import vocabularies
-from qiusuo.data.chat_template import Message, check_messages, default_template, render_chat
+from qiusuo.data.chat_template import (
+    Message,
+    as_tested,
+    check_messages,
+    default_template,
+    render_chat,
+)
 from qiusuo.data.errors import DataError, unknown
 from qiusuo.data.plain_text import is_ordinary, without_special_tokens
 from qiusuo.data.template_guard import TemplateGuard, spelling_pattern
 from qiusuo.data.tokenizer_files import FIELDS, read_tokenizer, save_tokenizer
+from qiusuo.data.tool_text import frame_untold, with_tool_text
 from qiusuo.data.unfinished_turn import render_unfinished
 
 if TYPE_CHECKING:
@@ -214,6 +221,8 @@ class Tokenizer:
 
         With `continue_last` they end where the assistant's last message does, for the model to go
         on; `add_generation_prompt` is then without effect.
+        A template that writes calls and takes no notice of `tools` has them told of in the system
+        message (see tool_text.py).
         `variables` are what this template asks for besides; see `render_chat`.
         For messages that spell no special token these are exactly the ids of the rendered text.
         """
@@ -223,16 +232,21 @@ class Tokenizer:
                 "chat_template.jinja beside its tokenizer.json"
             )
         check_messages(messages)
+        messages = as_tested(messages, self.chat_template)  # texts are read before their disguise
         texts = (messages, tools, variables, self.chat_template)
         guard = TemplateGuard(list(self.special_tokens), *texts)
         prompted = functools.partial(render_chat, add_generation_prompt=add_generation_prompt)
+        turns: list[Message] = [guard.hide_message(message) for message in messages]
+        known_tools = guard.hide(tools)
+        if known_tools and (frame := frame_untold(self.chat_template)) is not None:
+            turns = with_tool_text(turns, known_tools, frame)  # whose marks are no disguised text
         rendered = (render_unfinished if continue_last else prompted)(
             self.chat_template,
-            [guard.hide_message(message) for message in messages],
+            turns,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
             thinking=thinking,
-            tools=guard.hide(tools),
+            tools=known_tools,
             variables=guard.hide(variables),
         )
         text, own = guard.reveal(rendered)

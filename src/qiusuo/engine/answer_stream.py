@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.tool_format import ToolFormat
 from qiusuo.engine.answer_events import Event, Kind, merged
 from qiusuo.engine.origins import Origins
 from qiusuo.engine.sampler import Drawn
 from qiusuo.engine.stops import StopStrings
 from qiusuo.engine.text_stream import Part, TextStream, ThoughtSplitter
-from qiusuo.engine.tool_calls import ToolFormat
+from qiusuo.engine.tool_calls import parser_of
 
 
 class AnswerStream:
@@ -44,7 +45,7 @@ class AnswerStream:
         self.splitter = None if thought_open is None else ThoughtSplitter(thought_open)
         if self.splitter is not None and continued:
             self.splitter.begun, self.splitter.may_open = True, False
-        self.calls = None if tools is None else tools.parser()
+        self.calls = None if tools is None else parser_of(tools)
         self.stops = StopStrings(stops)
         self.tokens = self.reasoning_tokens = 0
 

@@ -61,6 +61,7 @@ class Answering:
         return self.events
 
     def _hear(self, sequence: Sequence, drawn: Drawn) -> str | None:
+        self.stream.stops.watching = sequence.answered >= sequence.request.sampling.min_tokens
         if drawn.token not in sequence.request.end_ids:
             self._give(self.stream.push(drawn.token, drawn))
         self._steer()

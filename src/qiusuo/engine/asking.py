@@ -21,6 +21,7 @@ from torch import Tensor
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.tool_format import ToolFormat
 from qiusuo.data.unfinished_turn import Turn, turn_so_far
 from qiusuo.engine.answer_events import Event, Kind
 from qiusuo.engine.answer_stream import AnswerStream
@@ -31,7 +32,7 @@ from qiusuo.engine.request import Request, RequestError
 from qiusuo.engine.request import Sequence as Answer
 from qiusuo.engine.sampler import Drawn
 from qiusuo.engine.sampling import Sampling
-from qiusuo.engine.tool_calls import ToolFormat, format_of
+from qiusuo.engine.tool_calls import format_of
 
 if TYPE_CHECKING:
     from qiusuo.engine.language_model import LanguageModel

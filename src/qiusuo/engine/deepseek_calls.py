@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from enum import Enum, auto
 
+from qiusuo.data.tool_format import CALL_BEGIN, CALL_END, CALLS_BEGIN, SEPARATOR
 from qiusuo.data.vocabularies import TOOL_TOKENS
 from qiusuo.engine.answer_events import Event, EventWriter, MarkScanner, is_object
 
-CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, *_OUTPUTS, SEPARATOR = TOOL_TOKENS
 SPELLINGS = {mark.replace("▁", gap): mark for mark in TOOL_TOKENS for gap in ("▁", "_", " ")}
 MARKS = tuple(SPELLINGS)
 

@@ -12,39 +12,19 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from qiusuo.data.chat_template import Message, render_chat
 from qiusuo.data.errors import DataError, unknown
 from qiusuo.data.template_guard import spelling_pattern
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.data.tool_format import MARKS, Frame, frame_written
 from qiusuo.engine.constraint import JSON_OPTIONS, Constraint, Grammars, Matcher
-from qiusuo.engine.deepseek_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END
-from qiusuo.engine.hermes_calls import CLOSE, OPEN
 from qiusuo.engine.sampling import Sampling
-from qiusuo.engine.tool_calls import PROBE, TOOLS, ToolFormat, format_of
 
 Tool = Mapping[str, Any]
 
-MARKS = {  # that the first call of a turn begins with, and the last ends with: the outermost first
-    ToolFormat.DEEPSEEK: ((CALLS_BEGIN, CALL_BEGIN), (CALLS_END, CALL_END)),
-    ToolFormat.HERMES: ((OPEN,), (CLOSE,)),
-}
 NEVER = -100.0  # added to a logit
-PROBES = ("first_probe", "second_probe")
-ARGUMENTS: dict[str, Any] = {"probe": 1}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a template writes around calls: ``opening`` NAME ``naming`` ARGUMENTS, then ``between``
-    and the next NAME, or ``closing``."""
-
-    opening: str
-    naming: str
-    between: str
-    closing: str
 
 
 def forced_matchers(
@@ -98,50 +78,13 @@ def never_calling(tokenizer: Tokenizer, sampling: Sampling) -> Sampling:
 
 def frame_of(tokenizer: Tokenizer) -> Frame:
     """DataError where this model's template writes no calls in a format that is read back."""
-    form = format_of(tokenizer)
-    if form is not None:
-        written = json.dumps(ARGUMENTS)
-        for arguments in (written, ARGUMENTS):  # templates know them as a text, or as an object
-            text = _probed(tokenizer, arguments)
-            if text is not None and text.count(written) == 2:
-                return _frame(text, form, written)
-    raise DataError(
-        "this model's chat template writes no calls of tools in a known format: do not ask for one"
-    )
-
-
-def _probed(tokenizer: Tokenizer, arguments: object) -> str | None:
-    calls = [
-        {"id": name, "type": "function", "function": {"name": name, "arguments": arguments}}
-        for name in PROBES
-    ]
-    turns: list[Message] = [PROBE[0], {"role": "assistant", "tool_calls": calls}]
-    try:
-        return render_chat(
-            tokenizer.chat_template or "",
-            turns,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
-            add_generation_prompt=False,
-            tools=TOOLS,
+    frame = frame_written(tokenizer.chat_template) if tokenizer.chat_template else None
+    if frame is None:
+        raise DataError(
+            "this model's chat template writes no calls of tools in a known format: do not ask for "
+            "one"
         )
-    except DataError:
-        return None
-
-
-def _frame(text: str, form: ToolFormat, written: str) -> Frame:
-    first, second = (text.index(name) for name in PROBES)
-    arguments = text.index(written, first)
-    behind, last = arguments + len(written), text.index(written, second) + len(written)
-    begins, ends = MARKS[form]
-    start = next(place for mark in begins if (place := text.rfind(mark, 0, first)) >= 0)
-    stop = next(place + len(mark) for mark in ends if (place := text.find(mark, last)) >= 0)
-    return Frame(
-        opening=text[start:first],
-        naming=text[first + len(PROBES[0]) : arguments],
-        between=text[behind:second],
-        closing=text[last:stop],
-    )
+    return frame
 
 
 def _marks(tokenizer: Tokenizer, frame: Frame) -> set[str]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 
+from qiusuo.data.tool_format import CLOSE, OPEN
 from qiusuo.engine.answer_events import Event, EventWriter, MarkScanner, is_object
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 SPELLINGS = {gap + mark: mark for mark in (OPEN, CLOSE) for gap in ("", "\n")}
 """The line end before a mark is its frame's, as the templates write it."""
 MARKS = tuple(sorted(SPELLINGS, key=len, reverse=True))

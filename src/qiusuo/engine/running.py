@@ -104,6 +104,7 @@ class RunningEngine:
         priority: int = 0,
         deadline: float | None = None,
         namespace: str = "",
+        keep_experts: bool = False,
         **options: Any,
     ) -> list[AnswerHandle[Message]]:
         """``n`` answers to a conversation, once they are under way. ``options``: those of
@@ -111,7 +112,7 @@ class RunningEngine:
         as in ``Request``. DataError, RequestError or ValueError for what cannot be answered,
         EngineError if the engine does not run."""
         self._running()
-        request = dict(n=n, priority=priority, deadline=deadline, namespace=namespace)
+        request = _request(n, priority, deadline, namespace, keep_experts)
         return await self.ask(
             await asyncio.to_thread(prepare_chat, self.lm, messages, request, **options)
         )
@@ -124,14 +125,13 @@ class RunningEngine:
         priority: int = 0,
         deadline: float | None = None,
         namespace: str = "",
+        keep_experts: bool = False,
         **options: Any,
     ) -> list[AnswerHandle[Completion]]:
         """The same for one text or list of token ids to continue, with the options of
         ``LanguageModel.generate``. Without a tokenizer there are no events."""
         self._running()
-        keep_experts = options.pop("keep_experts", False)
-        request = dict(n=n, priority=priority, deadline=deadline, namespace=namespace)
-        request["keep_experts"] = keep_experts
+        request = _request(n, priority, deadline, namespace, keep_experts)
         return await self.ask(
             await asyncio.to_thread(prepare_text, self.lm, prompt, request, **options)
         )
@@ -223,3 +223,12 @@ class RunningEngine:
             else:
                 stream.outlet.end(error=error)
         self._streams.clear()
+
+
+def _request(
+    n: int, priority: int, deadline: float | None, namespace: str, keep_experts: bool
+) -> dict[str, Any]:
+    """Fields of ``Request``."""
+    return dict(
+        n=n, priority=priority, deadline=deadline, namespace=namespace, keep_experts=keep_experts
+    )

@@ -27,6 +27,7 @@ from qiusuo.server.question import Caller, ChatQuestion, TextQuestion
 from qiusuo.server.rates import RateExceeded, Rates
 from qiusuo.server.registry import Registry, ServedModel
 from qiusuo.server.settings import Settings
+from qiusuo.server.settlement import Used
 
 log = logging.getLogger("qiusuo.server")
 
@@ -48,6 +49,7 @@ class Desk:
         self.jobs: dict[str, Job] = {}
         self.closing = False
         self._settling: dict[str, asyncio.Task[None]] = {}
+        self._owed: dict[str, Used] = {}  # not booked yet, by request id
 
     async def ask(
         self,
@@ -169,21 +171,30 @@ class Desk:
             job.stop()
             await job.ended()
             used = job.used()
+            tokens = 0 if used is None else used.hit + used.miss + used.output
+            self.rates.leave(job.request_id, tokens)
             if used is None:
                 await asyncio.to_thread(self.ledger.refund, job.request_id)
                 job.cost = 0
             else:
-                settled = await asyncio.to_thread(self.ledger.settle, job.request_id, used)
-                job.cost = settled.amount
+                self._owed[job.request_id] = used
+                job.cost = await self._book(job.request_id, used)
                 self.metrics.used(used)
-            tokens = 0 if used is None else used.hit + used.miss + used.output
-            self.rates.leave(job.request_id, tokens)
+                for request_id, earlier in list(self._owed.items()):
+                    await self._book(request_id, earlier)
         except Exception:
             log.exception("request %s could not be settled", job.request_id)
             raise
         finally:
             self.jobs.pop(job.request_id, None)
             self._settling.pop(job.request_id, None)
+
+    async def _book(self, request_id: str, used: Used) -> int:
+        """Settle. What fails, on a full disk say, stays owed and is tried again with the next; it
+        is done once, however often."""
+        settled = await asyncio.to_thread(self.ledger.settle, request_id, used)
+        self._owed.pop(request_id, None)
+        return settled.amount
 
     async def drain(self, seconds: float) -> None:
         """Take no more questions; let those under way end, and after so long end them."""
@@ -195,6 +206,8 @@ class Desk:
             job.stop()
         while self._settling or self.jobs:
             await asyncio.sleep(0.02)
+        for request_id, used in list(self._owed.items()):
+            await self._book(request_id, used)
 
 
 def new_request_id() -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.data.errors import DataError
+from qiusuo.data.tool_format import ToolFormat
 from qiusuo.engine.language_model import LanguageModel
 from qiusuo.engine.loading import load
 from qiusuo.engine.running import RunningEngine
-from qiusuo.engine.tool_calls import ToolFormat, format_of
+from qiusuo.engine.tool_calls import format_of
 from qiusuo.model.checks import ConfigError
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import read_recipe

@@ -23,7 +23,8 @@ log = logging.getLogger("qiusuo.server")
 
 class Server(uvicorn.Server):
     """Asked to stop, it lets the answers under way end, and after ``drain_seconds`` ends them with
-    a proper last word. A second Ctrl-C ends at once."""
+    a proper last word. Meanwhile it listens on: new questions and /health are told 503, and the
+    page can still keep what it got. A second Ctrl-C ends at once."""
 
     def __init__(self, house: House, **options: object) -> None:
         self.house = house
@@ -35,15 +36,18 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 log_level="warning",
                 server_header=False,
-                timeout_graceful_shutdown=int(settings.drain_seconds) + 10,
+                timeout_graceful_shutdown=10,  # for last bytes: shutdown() has waited for answers
                 **options,  # type: ignore[arg-type]
             )
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         drain = asyncio.create_task(self.house.desk.drain(self.house.settings.drain_seconds))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait((drain,), timeout=0.1)
+        drain.cancel()
+        await asyncio.gather(drain, return_exceptions=True)
         await super().shutdown(sockets)
-        await drain
 
 
 def check_bind(settings: Settings, keys_exist: bool) -> None:
@@ -74,6 +78,7 @@ def bound(settings: Settings) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
+        listening.listen()  # whoever reads the address may call at once, and only has to wait
     except OSError as error:
         listening.close()
         raise ServerError(

@@ -28,7 +28,6 @@ class Settings:
     database: Path = field(default_factory=default_database)
     runs: Path = Path("runs")
     recipes: Path = Path("recipes")
-    currency: str = "CNY"
     most_body: int = 8 << 20
     most_messages: int = 2048
     most_tokens: int = 65_536

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-PATIENCE = 12.0  # seconds until a test that hangs fails
+PATIENCE = 60.0  # seconds until a test that hangs fails
 PHONE = {"viewport": {"width": 360, "height": 740}, "locale": "zh-CN"}
 
 
@@ -85,17 +85,20 @@ def visits(chromium: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
-        page.on(
-            "console",
-            lambda said: "Content Security Policy" in said.text and complaints.append(said.text),
-        )
+        page.on("console", lambda said: _is_complaint(said) and complaints.append(said.text))
         page.goto(address)
         return page
 
     yield visit
     for context in contexts:
         context.close()
-    assert complaints == []
+    assert not complaints, complaints
+
+
+def _is_complaint(said: Any) -> bool:
+    """The page's policy has refused something; in a report's frame it is there to do so."""
+    framed = said.location.get("url") == "about:srcdoc"
+    return "Content Security Policy" in said.text and not framed
 
 
 def too_wide(page: Any) -> list[str]:

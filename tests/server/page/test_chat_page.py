@@ -400,6 +400,9 @@ def test_on_a_phone_in_chinese_and_dark(server, visit):
     page.click("[aria-label=发送]")
     whole(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.click("[aria-label=设置]")
+    page.fill("dialog textarea >> nth=0", "你是一位诗人。")  # in sight, or it could not be filled
+    page.click("dialog [aria-label=关闭]")
     page.click("[aria-label=显示对话列表]")
     page.click(".side.open .new-chat")
     page.wait_for_selector(".greeting")
@@ -439,7 +442,8 @@ def test_a_killed_server_takes_nothing_along(chromium, weights, tmp_path, visit)
 def test_a_key_is_asked_for(chromium, weights, tmp_path, visit):
     with running(tmp_path, weights) as server:
         made = httpx.post(
-            server.address + "/api/console/keys", json={"name": "me", "account": "main", "admin": True}
+            server.address + "/api/console/keys",
+            json={"name": "me", "account": "main", "admin": True},
         )
         assert made.status_code == 201, made.text
         secret = re.search(r"sk-\w{40,}", made.text)[0]

@@ -38,9 +38,9 @@ def visit(chromium) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def path(place, request) -> Iterator[Path]:
+def path(place, request) -> Path:
     """Where a test's run is; the name is the test's."""
-    yield place.runs / request.node.name.removeprefix("test_")
+    return place.runs / request.node.name.removeprefix("test_")
 
 
 def begun(path: Path, steps: int = 100, **recipe: Any) -> RunFolder:
@@ -69,13 +69,15 @@ def chart(page: Any, title: str) -> Any:
 
 def value(page: Any, title: str, label: str | None) -> Any:
     """Where a chart's legend says the value of a line."""
-    keys = chart(page, title).locator(".st-key")
+    drawing = chart(page, title)
+    drawing.scroll_into_view_if_needed()  # what nobody sees is not drawn
+    keys = drawing.locator(".st-key")
     one = keys if label is None else keys.filter(has=page.get_by_text(label, exact=True))
     return one.locator("b")
 
 
 def told(page: Any, title: str, label: str | None = None) -> str:
-    return value(page, title, label).inner_text()
+    return value(page, title, label).filter(has_text=re.compile(".")).inner_text()
 
 
 def says(page: Any, title: str, wanted: str, label: str | None = None) -> None:
@@ -105,7 +107,7 @@ def test_a_run_is_watched_from_its_first_step_on(place, visit, path):
         for number in range(2, 41):
             log.append(step(number, lr=0.001))
             run.set_status("running", stage="pretrain", step=number, steps=100)
-        says(page, "Loss", "5.050")  # smoothed: the last two have no neighbours
+        says(page, "Loss", "5.000")
         says(page, "Learning rate", "0.001")
         page.get_by_text("step 40 of 100").wait_for()
         assert page.evaluate("document.querySelector('.uplot').mark") == "the same"
@@ -113,7 +115,9 @@ def test_a_run_is_watched_from_its_first_step_on(place, visit, path):
         log.append({"kind": "validation", "step": 40, "loss": 5.25, "bits_per_character": 3.5})
         says(page, "Loss", "5.250", "validation")
         says(page, "Bits per character", "3.500")
-        samples.append({"kind": "sample", "step": 40, "prompt": "春", "continuation": "眠" + HOSTILE})
+        samples.append(
+            {"kind": "sample", "step": 40, "prompt": "春", "continuation": "眠" + HOSTILE}
+        )
         page.get_by_text("眠<img src=x").first.wait_for()
         run.set_status("interrupted", stage="pretrain", step=40, steps=100)
     page.locator("[data-state=interrupted]").wait_for()
@@ -148,7 +152,8 @@ def test_any_length_of_log_is_drawn(place, visit, path, count):
     blue = page.evaluate(
         """() => {
             const canvas = document.querySelector(".st-lead canvas");
-            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            const { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
             let blue = 0;
             for (let i = 0; i < data.length; i += 4)
                 blue += data[i + 3] > 200 && data[i + 2] - data[i] > 100;
@@ -189,7 +194,6 @@ def test_every_number_has_a_chart_and_rollouts_a_panel(place, visit, path):
     assert told(page, "Length of answers", "wrong answers") == "200.0"
     chart(page, "Loss").scroll_into_view_if_needed()
     chart(page, "Loss").get_by_text("Values that are no numbers: 1").wait_for()
-    chart(page, "my measure").scroll_into_view_if_needed()
     says(page, "my measure", "42.00")
     assert chart(page, "my list").locator(".st-key").count() == 2
 
@@ -248,25 +252,31 @@ def test_scales_axes_and_zoom(place, visit, path):
     smoothing.fill("0")
     says(page, "Loss", "5.000", "training")
 
-    def at(share: float) -> str:
-        """What stands at the pointer, so far along the plot."""
-        plot = page.locator(".st-lead .u-over")
-        box = plot.bounding_box()
-        page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] / 2)
-        page.locator(".st-lead .st-chart-at").get_by_text("0", exact=False).wait_for()
-        return page.locator(".st-lead .st-chart-at").inner_text()
+    def at(share: float, wanted: Callable[[str], bool]) -> None:
+        """Until what stands at the pointer, so far along the plot, is as wanted. The plot may be
+        drawn anew meanwhile, so the pointer moves again and again."""
+        for attempt in range(500):
+            box = page.evaluate(
+                "document.querySelector('.st-lead .u-over').getBoundingClientRect().toJSON()"
+            )
+            x = box["x"] + box["width"] * share
+            page.mouse.move(x + attempt % 2, box["y"] + box["height"] / 2)
+            seen = page.locator(".st-lead .st-chart-at").inner_text()
+            if seen and wanted(seen.replace(",", "")):
+                return
+            page.wait_for_timeout(20)
+        raise AssertionError(f"{seen!r} stands at {share}")
 
-    # At step 100 the last validation is told with it; the axis may be tokens or time.
-    middle = int(at(0.5))
-    assert 95 < middle < 106
-    assert float(told(page, "Loss", "training")) == pytest.approx(1000 / middle, rel=1e-3)
+    at(0.5, lambda seen: 95 < int(seen) < 106)
+    step_there = int(page.locator(".st-lead .st-chart-at").inner_text())
+    assert float(told(page, "Loss", "training")) == pytest.approx(1000 / step_there, rel=1e-3)
     page.get_by_role("button", name="tokens", exact=True).click()
-    assert 9_500 < int(at(0.5).replace(",", "")) < 10_600
-    at(0.9)
+    at(0.9, lambda seen: 17_000 < int(seen) < 19_000)
     assert told(page, "Loss", "validation") == "12.00"  # at its step's tokens, not at its own 7
     page.get_by_role("button", name="time", exact=True).click()
-    assert at(0.5).endswith("s")
+    at(0.5, lambda seen: seen.endswith("s"))
     page.get_by_role("button", name="step", exact=True).click()
+    at(0.02, lambda seen: seen.isdigit() and int(seen) < 10)
 
     box = page.locator(".st-lead .u-over").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 50)
@@ -274,11 +284,11 @@ def test_scales_axes_and_zoom(place, visit, path):
     page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 60, steps=4)
     page.mouse.up()
     page.get_by_role("button", name="Zoom out").wait_for()
-    assert 95 < int(at(0.02)) < 110
+    at(0.02, lambda seen: 95 < int(seen) < 110)
     page.get_by_role("button", name="Zoom out").click()
-    assert int(at(0.02)) < 10
+    at(0.02, lambda seen: int(seen) < 10)
     page.get_by_label("Range").select_option("tenth")
-    assert int(at(0.02)) > 175
+    at(0.02, lambda seen: int(seen) > 175)
     page.get_by_label("Range").select_option("all")
     page.get_by_role("button", name="log", exact=True).click()
     page.get_by_role("button", name="log", exact=True, pressed=True).wait_for()
@@ -300,8 +310,8 @@ def test_runs_are_compared(place, visit, path):
         row = page.locator(".st-run").filter(has=page.get_by_text(name, exact=True))
         row.get_by_role("checkbox").check()
     page.get_by_role("button", name="Compare 2").click()
-    says(page, "Loss: training", "7.100", "wide")
-    says(page, "Loss: training", "5.200", "narrow")
+    says(page, "Loss: training", "7.000", "wide")
+    says(page, "Loss: training", "5.000", "narrow")
     keys = page.locator(".st-lead .st-key")
     assert keys.count() == 2
     differences = page.locator("tr").filter(has=page.get_by_text("seed", exact=True))
@@ -318,7 +328,7 @@ def test_a_finished_run_shows_its_recipe_texts_and_report(place, visit, path):
     report = f"<title>t</title><style>h1{{color:red}}</style><h1>All went well</h1>{HOSTILE}"
     (path / "report.html").write_text(report, encoding="utf-8")
     page = visit(f"{place.address}/studio/{path.name}")
-    says(page, "Loss", told(page, "Loss", "training"), "training")
+    assert float(told(page, "Loss", "training")) < 4
     assert page.locator(".st-aside .st-sample").count() == 4  # those of the last two looks
     tab(page, "Texts")
     assert page.locator(".st-sample").count() == 12
@@ -352,7 +362,7 @@ def test_a_phone_in_chinese(place, visit, path):
     page.locator(".st-run").first.wait_for()
     assert too_wide(page) == []
     page.goto(f"{place.address}/studio/{path.name}")
-    says(page, "损失", told(page, "损失", "训练"), "训练")
+    assert float(told(page, "损失", "训练")) < 4
     assert too_wide(page) == []
     for name in ("专家", "文本", "配方"):
         tab(page, name)
@@ -405,7 +415,8 @@ def test_from_a_recipe_to_a_model_that_talks(place, visit):
     page.get_by_label("seconds", exact=False).check()
     page.get_by_label("Name of the run").fill("whole")
     page.get_by_role("button", name="Start training").click()
-    page.locator("[data-state=finished]").wait_for()
+    page.get_by_role("heading", name="whole").wait_for()
+    page.locator(".st-run-head [data-state=finished]").wait_for()
     page.get_by_role("button", name="Talk to it").first.click()
     page.locator("#composer").wait_for()
     models = httpx.get(f"{place.address}/api/models").json()

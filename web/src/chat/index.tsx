@@ -19,6 +19,8 @@ import { useShortcuts } from "./shortcuts";
 import { threadOf, type Thread } from "./thread";
 import { chatWords as t } from "./words";
 
+const NARROW = matchMedia("(max-width: 860px)"); // as in chat.css: the list is a drawer
+
 export function Chat({ conversation }: { conversation: string | null }) {
   const [sideOpen, setSideOpen] = useState(false);
   const [helpOpen, setHelpOpen] = useState(false);
@@ -26,8 +28,10 @@ export function Chat({ conversation }: { conversation: string | null }) {
   const thread = useThread(conversation, fresh);
   useShortcuts({
     onSearch: () => {
+      const focus = () => document.getElementById("search")?.focus();
+      if (!NARROW.matches) return focus();
       setSideOpen(true);
-      requestAnimationFrame(() => document.getElementById("search")?.focus());
+      requestAnimationFrame(focus); // it is not in sight before
     },
     onNew: () => {
       setFresh((count) => count + 1);
@@ -94,7 +98,7 @@ function View({ thread, onList, onHelp }: { thread: Thread; onList: () => void; 
   useEffect(() => () => void (editing.value = null), [thread]);
 
   return (
-    <section class="view" aria-label={t("model")}>
+    <section class="view" aria-label={shellWords("chat")}>
       <header class="view-head">
         <IconButton class="list-button" icon="menu" label={t("openList")} onClick={onList} />
         <ModelPicker thread={thread} />

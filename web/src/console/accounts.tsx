@@ -146,12 +146,12 @@ function TopUp({ account, known, onClose, onDone }: TopUpProps) {
         <label class="field">
           <span>{t("account")}</span>
           <input class="input" required list="co-known" value={name} onInput={(event) => setName(event.currentTarget.value)} />
-          <datalist id="co-known">
-            {known.map((one) => (
-              <option key={one} value={one} />
-            ))}
-          </datalist>
         </label>
+        <datalist id="co-known">
+          {known.map((one) => (
+            <option key={one} value={one} />
+          ))}
+        </datalist>
         <label class="field">
           <span>{t("amount", { currency })}</span>
           <input

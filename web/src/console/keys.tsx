@@ -254,15 +254,17 @@ function KeyForm({ old, first, accounts, onClose, onDone }: FormProps) {
           <input class="input" required maxLength={80} placeholder={t("keyNameHint")} value={name} onInput={(event) => setName(event.currentTarget.value)} />
         </label>
         {!old && (
-          <label class="field">
-            <span>{t("account")}</span>
-            <input class="input" list="co-accounts" placeholder={t("accountHint")} value={account} onInput={(event) => setAccount(event.currentTarget.value)} />
+          <>
+            <label class="field">
+              <span>{t("account")}</span>
+              <input class="input" list="co-accounts" placeholder={t("accountHint")} value={account} onInput={(event) => setAccount(event.currentTarget.value)} />
+            </label>
             <datalist id="co-accounts">
               {accounts.map((one) => (
                 <option key={one} value={one} />
               ))}
             </datalist>
-          </label>
+          </>
         )}
         <div class="co-pair">
           {limit("rpm", t("rpm"))}

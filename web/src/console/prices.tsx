@@ -181,16 +181,18 @@ function PriceForm({ old, book, onClose, onDone }: FormProps) {
     <Dialog title={fresh ? t("setPrice") : t("priceTitle", { model: old.model === OTHERS ? t("everyOther") : old.model })} onClose={onClose}>
       <form class="stack" onSubmit={save}>
         {fresh && (
-          <label class="field">
-            <span>{t("model")}</span>
-            <input class="input" required list="co-models" placeholder={`* = ${t("everyOther")}`} value={list.model} onInput={(event) => change({ model: event.currentTarget.value })} />
+          <>
+            <label class="field">
+              <span>{t("model")}</span>
+              <input class="input" required list="co-models" placeholder={`* = ${t("everyOther")}`} value={list.model} onInput={(event) => change({ model: event.currentTarget.value })} />
+            </label>
             <datalist id="co-models">
               {(models.value ?? []).map((model) => (
                 <option key={model.id} value={model.id} />
               ))}
               <option value={OTHERS}>{t("everyOther")}</option>
             </datalist>
-          </label>
+          </>
         )}
         {book.prices.length === 0 && (
           <label class="field">

@@ -54,7 +54,7 @@ export function Dialog(props: {
   return (
     <dialog
       ref={box}
-      class={"dialog " + (props.kind ?? "middle")}
+      class={`dialog at-${props.kind ?? "middle"}`}
       aria-label={props.title}
       onCancel={(event) => {
         event.preventDefault();

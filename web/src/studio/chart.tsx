@@ -77,6 +77,7 @@ export function Chart(props: Props) {
     if (broken.current) broken.current.textContent = lost ? props.notANumber(lost) : "";
   }, [seen, version, title, view.log, view.axis, view.smoothing, isDark, hidden]);
 
+  useEffect(() => drawn.current?.say(), [labels]); // now that there are places to say it in
   useEffect(() => drawn.current?.zoomTo(), [zoom]);
   useEffect(() => () => drawn.current?.destroy(), []);
 

@@ -129,7 +129,7 @@ export class Drawing {
   }
 
   /** Tells the values at the pointer; without one, the latest. */
-  private say(): void {
+  say(): void {
     const { idx } = this.plot.cursor;
     const xs = this.plot.data[0];
     const at = idx ?? xs.length - 1;

@@ -87,14 +87,15 @@ export class LiveRun {
 
   private async load(): Promise<void> {
     const { signal } = this.ended;
-    const detail = get<RunDetail>(this.path, signal);
-    const log = get<Records>(`${this.path}/records`, signal);
-    const samples = await get<Records>(`${this.path}/records?kind=sample`, signal);
-    this.run.value = await detail;
-    const records = new RunRecords();
-    for (const record of [...(await log).records, ...samples.records]) records.add(record);
-    this.records = records;
-    this.next = [(await log).next, samples.next];
+    const [run, log, samples] = await Promise.all([
+      get<RunDetail>(this.path, signal),
+      get<Records>(`${this.path}/records`, signal),
+      get<Records>(`${this.path}/records?kind=sample`, signal),
+    ]);
+    this.run.value = run;
+    this.records = new RunRecords();
+    for (const record of [...log.records, ...samples.records]) this.records.add(record);
+    this.next = [log.next, samples.next];
     this.loaded.value = true;
     this.fault.value = null;
     this.version.value++;

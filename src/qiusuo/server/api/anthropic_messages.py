@@ -91,6 +91,13 @@ System = Annotated[
 ]
 
 
+BLOCKS: dict[str, tuple[type[Body], ...]] = {
+    "user": (TextBlock, ResultBlock),
+    "assistant": (TextBlock, ThinkingBlock, RedactedBlock, UseBlock),
+    "system": (TextBlock,),
+}
+
+
 class Message(Body):
     role: Literal["user", "assistant", "system"]
     content: Content
@@ -102,15 +109,15 @@ class Message(Body):
 def chat_messages(system: System | None, given: Sequence[Message]) -> list[GivenMessage]:
     if not given:
         raise ApiError(400, "messages: at least one message is required")
-    _check_results(given)
+    contents = [_blocks(place, message) for place, message in enumerate(given)]
+    _check_results(contents)
     told = []
     if system is not None:
         text = system if isinstance(system, str) else PART_END.join(one.text for one in system)
         told.append(GivenMessage(role="system", content=text))
-    for place, message in enumerate(given):
-        blocks = _blocks(place, message)
+    for message, blocks in zip(given, contents, strict=True):
         if message.role == "assistant":
-            told.append(_assistant(blocks, last=place == len(given) - 1))
+            told.append(_assistant(blocks, last=message is given[-1]))
         else:
             told += _others(message.role, blocks)
     return told
@@ -125,8 +132,7 @@ def _blocks(place: int, message: Message) -> list[Block]:
         where = f"messages.{place}.content.{index}"
         if isinstance(block, OtherBlock):
             raise _no_text(where, block.type)
-        own = isinstance(block, ThinkingBlock | RedactedBlock | UseBlock)
-        if own != (message.role == "assistant") and not isinstance(block, TextBlock):
+        if not isinstance(block, BLOCKS[message.role]):
             told = f"{where}: a message of the {message.role}'s has no `{block.type}` blocks"
             raise ApiError(400, told)
     return message.content
@@ -180,11 +186,10 @@ def _result(block: ResultBlock) -> str:
     return FAILED + content if block.is_error else content
 
 
-def _check_results(given: Sequence[Message]) -> None:
+def _check_results(contents: Sequence[Sequence[Block]]) -> None:
     """In the words of Anthropic's API."""
     used: list[str] = []
-    for place, message in enumerate(given):
-        blocks = () if isinstance(message.content, str) else message.content
+    for place, blocks in enumerate(contents):
         results = [one.tool_use_id for one in blocks if isinstance(one, ResultBlock)]
         if missing := [one for one in used if one not in results]:
             raise _unanswered(place, missing)
@@ -194,7 +199,7 @@ def _check_results(given: Sequence[Message]) -> None:
             raise ApiError(400, f"{told}{strange[0]}. Each `tool_result` block {must}")
         used = [one.id for one in blocks if isinstance(one, UseBlock)]
     if used:
-        raise _unanswered(len(given), used)
+        raise _unanswered(len(contents), used)
 
 
 def _unanswered(place: int, calls: Sequence[str]) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qiusuo.server.api.anthropic_messages import Message, System, chat_messages
 from qiusuo.server.api.chat_request import (
@@ -21,6 +21,21 @@ from qiusuo.server.api.chat_request import (
 )
 from qiusuo.server.api.errors import ApiError, misfit
 from qiusuo.server.api.fields import Body, Count, Number
+from qiusuo.server.api.responses_items import sayable
+
+
+class NoThreadsError(ApiError):
+    """In the form that tells Anthropic's client to send all of the conversation instead."""
+
+    def __init__(self) -> None:
+        super().__init__(400, "thread: this server keeps no conversations; send all messages")
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        told = super().anthropic_body
+        details = {"error_code": "thread_unsupported_request", "unsupported": []}
+        told["error"]["details"] = details
+        return told
 
 
 class ClientTool(Body):
@@ -64,9 +79,14 @@ class CountRequest(Body):
     tool_choice: Choice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    thread: Any = None
+
+    _sayable = model_validator(mode="before")(sayable)
 
     def chat(self, model: str) -> ChatRequest:
         """The same question to the chat API. ApiError 400 for what cannot be asked there."""
+        if self.thread is not None:
+            raise NoThreadsError
         thinking = self.thinking
         output = self.output_config or OutputConfig()
         return ChatRequest(

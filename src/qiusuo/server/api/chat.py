@@ -96,6 +96,6 @@ class _Answer:
         await self.job.close()
         told: Chunk = {"usage": usage_told(usage, self.shape.thinking)}
         if self.body.extended:
-            currency = self.house.settings.currency
+            currency = self.house.prices.currency
             told["qiusuo"] = extension([self.job], usage.completion_tokens, currency)
         return told

@@ -99,6 +99,11 @@ class ChatRequest(SamplingFields):
             thinking=thinking,
             max_tokens=most_tokens(limit, 1, settings.most_tokens, settings.most_tokens),
         )
+        options |= _tools(self.tools or [], self.tool_choice)
+        messages = engine_messages(self.messages)
+        if messages[-1].get("prefix"):
+            self._check_prefixed()
+            options["continue_last"] = True
         if (budget := self._thinking_budget()) is not None:
             options["thinking_budget"] = budget
         if (constraint := _constraint(self.response_format)) is not None:
@@ -111,11 +116,14 @@ class ChatRequest(SamplingFields):
                 "Invalid top_logprobs and logprobs value, logprobs must be set to true if "
                 "top_logprobs is used.",
             )
-        options |= _tools(self.tools or [], self.tool_choice)
-        messages = engine_messages(self.messages)
-        if messages[-1].get("prefix"):
-            options["continue_last"] = True
         return ChatQuestion(self.model, messages, options, self.asked_for)
+
+    def _check_prefixed(self) -> None:
+        """An answer whose beginning is given cannot be one of calls, or JSON from the start."""
+        if self.response_format is not None and self.response_format.type == "json_object":
+            raise ApiError(400, "response_format json_object should not be used with prefix")
+        if self.tools:
+            raise ApiError(400, "Function call should not be used with prefix")
 
     def _thinking_budget(self) -> int | None:
         if self.thinking_budget is not None:

@@ -124,7 +124,7 @@ class _Answer:
         )
         told: Chunk = {"usage": usage_told(usage, thinking=False)}
         if self.body.extended:
-            currency = self.house.settings.currency
+            currency = self.house.prices.currency
             told["qiusuo"] = extension(self.jobs, usage.completion_tokens, currency)
         return told
 

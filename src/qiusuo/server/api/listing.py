@@ -48,7 +48,7 @@ async def balance(house: HouseDep, caller: CallerDep) -> dict[str, Any]:
         "is_available": has.open or has.total > 0,
         "balance_infos": [
             {
-                "currency": house.settings.currency,
+                "currency": house.prices.currency,
                 "total_balance": told(has.total),
                 "granted_balance": told(has.granted),
                 "topped_up_balance": told(has.topped_up),

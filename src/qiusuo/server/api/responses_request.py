@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qiusuo.server.api.chat_messages import GivenMessage
 from qiusuo.server.api.chat_request import (
@@ -24,7 +24,7 @@ from qiusuo.server.api.chat_request import (
 )
 from qiusuo.server.api.errors import ApiError, misfit
 from qiusuo.server.api.fields import Body, Count, Number
-from qiusuo.server.api.responses_items import Input, ItemMessages, check_calls
+from qiusuo.server.api.responses_items import Input, ItemMessages, check_calls, sayable
 
 KEPT_ELSEWHERE = ("previous_response_id", "conversation", "prompt")
 LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"  # of `include`
@@ -84,6 +84,8 @@ class ResponsesRequest(Body):
     conversation: Any = None
     prompt: Any = None
     background: bool | None = None
+
+    _sayable = model_validator(mode="before")(sayable)
 
     @property
     def wants_logprobs(self) -> bool:

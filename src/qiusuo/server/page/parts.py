@@ -33,7 +33,7 @@ async def parts(request: Request) -> Parts:
         state.page = Parts(
             conversations=Conversations(house.database),
             runs=runs,
-            trainings=Trainings(runs, house.settings.recipes),
+            trainings=Trainings(runs, house.settings.recipes, house.settings.device),
             watches=Watches(runs, lambda: desk.closing),
             engines=Engines(house.registry, lambda: desk.closing),
         )

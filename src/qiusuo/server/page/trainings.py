@@ -40,10 +40,11 @@ Setting = bool | int | float | str | list[bool | int | float | str]
 
 
 class Trainings:
-    """Belongs to one event loop. ``recipes``: the folder of the firm's own recipes."""
+    """Belongs to one event loop. ``recipes``: the folder of the firm's own recipes; ``device``:
+    where to compute."""
 
-    def __init__(self, runs: Runs, recipes: Path) -> None:
-        self.runs, self._folder = runs, recipes
+    def __init__(self, runs: Runs, recipes: Path, device: str = "cpu") -> None:
+        self.runs, self._folder, self._device = runs, recipes, device
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._order = asyncio.Lock()
 
@@ -158,7 +159,7 @@ class Trainings:
     async def _spawn(
         self, words: Sequence[str], console: Path, name: str
     ) -> subprocess.Popen[bytes]:
-        child = await asyncio.to_thread(_process, words, console)
+        child = await asyncio.to_thread(_process, [*words, "--device", self._device], console)
         # A child that ended and that nobody waited for still counts as alive.
         threading.Thread(target=child.wait, name=f"training {name}", daemon=True).start()
         self._children[name] = child
