@@ -44,8 +44,8 @@ def main() -> None:
             for tokens in options.tokens:
                 first, second = timed(few, context, tokens), timed(many, context, tokens)
                 print(
-                    f"  context {context:5,}, {tokens:3} new tokens: {first * 1e3:7.2f} ms for few, "
-                    f"{second * 1e3:7.2f} ms for many, {second / first:5.2f} times"
+                    f"  context {context:5,}, {tokens:3} new tokens: {first * 1e3:7.2f} ms few, "
+                    f"{second * 1e3:7.2f} ms many, {second / first:5.2f} times"
                 )
 
 

@@ -330,3 +330,48 @@ def test_loops_are_counted_and_else_the_same() -> None:
     messages = [{"role": "user", "content": "hi"}]
     text = render_chat(template, messages, bos_token=None, eos_token=None)
     assert text == "1/2:2,2/2:3|none|1|2|a1b|**7** {}|7% *|a-b|a-b"
+
+
+# The arguments of earlier calls
+
+AS_JSON = (
+    "{% for call in messages[1].tool_calls %}{{ call.function.arguments | tojson }};{% endfor %}"
+)
+AS_TEXT = AS_JSON.replace(" | tojson", "")
+EITHER = AS_JSON.replace(" | tojson", " if call.function.arguments is string else 'no text'")
+ITEMS = """{% for call in messages[1].tool_calls %}{% for key in call.function.arguments.items() -%}
+{{ key[0] }}={{ key[1] | tojson }};{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "written"),
+    [
+        (AS_JSON, '{"a":  "杭 \\"州"}', '{"a": "杭 \\"州"};'),
+        (AS_JSON, {"a": 1}, '{"a": 1};'),
+        (AS_JSON, "{}", "{};"),
+        (AS_JSON, '{"a": ', '"{\\"a\\": ";'),  # no JSON: what a model may write
+        (AS_JSON, "[1]", '"[1]";'),
+        (AS_JSON, '{"a": "\\ud800"}', '"{\\"a\\": \\"\\\\ud800\\"}";'),
+        (AS_TEXT, '{"a":  1}', '{"a":  1};'),
+        (EITHER, '{"a":  1}', '{"a":  1};'),
+        (ITEMS, '{"a": "b", "c": [1]}', 'a="b";c=[1];'),
+    ],
+)
+def test_arguments_are_encoded_once(template: str, arguments: object, written: str) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages = [{"role": "user", "content": "?"}, turn]
+    assert render_chat(template, messages, bos_token=None, eos_token=None) == written
+    assert call["function"]["arguments"] == arguments
+
+
+def test_arguments_are_read_before_they_are_disguised(bpe: Tokenizer) -> None:
+    """A vocabulary may have tokens that begin like JSON itself, or end so."""
+    made = Tokenizer.train_bpe(['{"a": "<b>"}' * 9], 300)
+    made.backend.add_special_tokens(["[INST]", '{"', '"}'])
+    made = Tokenizer(made.backend, chat_template=AS_JSON)
+    call = {"function": {"name": "f", "arguments": '{"a":  ["<｜User｜>", "\\ud836\\udc00"]}'}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    ids = made.apply_chat_template([{"role": "user", "content": "?"}, turn])
+    assert made.decode(ids) == '{"a": ["<｜User｜>", "\U0001d800"]};'
+    assert made.special_tokens["<｜User｜>"] not in ids

@@ -7,7 +7,7 @@ another file, so that a conversion never holds a whole model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +30,7 @@ from qiusuo.checkpoint.safetensors_format import FileTensor, Outgoing, read_head
 from qiusuo.checkpoint.stored import (
     DTYPES,
     KINDS,
+    NO_SAMPLING,
     Checkpoint,
     Progress,
     StoredTensor,
@@ -49,6 +50,7 @@ from qiusuo.model.transformer import Transformer
 
 SHARD_BYTES = 4 << 30
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 # Tables that old Llama files carry though they follow from the config.
 _DERIVED = ".rotary_emb.inv_freq"
 WRITABLE = ("F32", "BF16", "F16", "F8_E4M3")
@@ -72,9 +74,10 @@ def save_huggingface(
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
+    sampling: Mapping[str, float] = NO_SAMPLING,
 ) -> Path:
     """Write a model in memory; see ``write_huggingface``."""
-    checkpoint = checkpoint_of(model, tokenizer)
+    checkpoint = checkpoint_of(model, tokenizer, sampling)
     kind = None if dtype is None else KINDS[dtype]
     return write_huggingface(checkpoint, folder, kind, shard_bytes=shard_bytes)
 
@@ -94,27 +97,54 @@ def open_huggingface(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     restore_folder(folder)
     raw = read_config_json(folder)
-    config = _with_all_ends(config_from_hf(raw), folder)
+    generation = _read_generation(folder)
+    config = _with_all_ends(config_from_hf(raw), generation, folder)
     found = {n: t for n, t in _find_tensors(folder).items() if not n.endswith(_DERIVED)}
     tensors = pair_scales(found, raw.get("quantization_config"))
-    return Checkpoint(folder, "Hugging Face", config, tensors, lambda: _read_tokenizer(folder))
+    return Checkpoint(
+        folder,
+        "Hugging Face",
+        config,
+        tensors,
+        lambda: _read_tokenizer(folder),
+        _read_sampling(generation),
+    )
 
 
-def _with_all_ends(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Tuned models often name the end of a turn in generation_config.json alone."""
-    file = folder / "generation_config.json"
+def _read_sampling(generation: dict[str, Any]) -> dict[str, float]:
+    """A recommendation that makes no sense is none: nobody has to follow it."""
+    read: dict[str, float] = {}
+    for name, most in (("temperature", 100.0), ("top_p", 1.0)):
+        value = generation.get(name)
+        if isinstance(value, int | float) and value is not True and 0 < value <= most:
+            read[name] = value
+    top_k = generation.get("top_k")
+    if type(top_k) is int and top_k > 0:
+        read["top_k"] = top_k
+    return read
+
+
+def _read_generation(folder: Path) -> dict[str, Any]:
+    file = folder / GENERATION_FILE
     if not file.is_file():
-        return config
+        return {}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not {type(raw).__name__}")
-    ends = raw.get("eos_token_id")
+    return raw
+
+
+def _with_all_ends(config: ModelConfig, generation: dict[str, Any], folder: Path) -> ModelConfig:
+    """Tuned models often name the end of a turn in generation_config.json alone."""
+    ends = generation.get("eos_token_id")
     new = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(end) is int and end >= 0 for end in new):
-        raise CheckpointError(f"{file}: eos_token_id must be the number of a token, not {ends!r}")
+        raise CheckpointError(
+            f"{folder / GENERATION_FILE}: eos_token_id must be the number of a token, not {ends!r}"
+        )
     said = config.eos_token_id
     known = [] if said is None else list(said) if isinstance(said, tuple) else [said]
     every = list(dict.fromkeys(known + new))
@@ -244,7 +274,7 @@ def _write_configs(folder: Path, checkpoint: Checkpoint, kind: str) -> None:
         config["quantization_config"] = QUANTIZATION_CONFIG
     _write_json(folder / "config.json", config)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    _write_json(folder / "generation_config.json", special)
+    _write_json(folder / GENERATION_FILE, special | dict(checkpoint.sampling))
 
 
 def _sources(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:

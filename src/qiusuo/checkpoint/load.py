@@ -16,6 +16,7 @@ from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_inventory
 from qiusuo.checkpoint.stored import (
     DTYPES,
+    NO_SAMPLING,
     Checkpoint,
     MemoryTensor,
     Progress,
@@ -81,13 +82,18 @@ def load_model(
     return _assembled(checkpoint, state)
 
 
-def checkpoint_of(model: Transformer, tokenizer: Tokenizer | None) -> Checkpoint:
+def checkpoint_of(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    sampling: Mapping[str, float] = NO_SAMPLING,
+) -> Checkpoint:
     """A model in memory as the writers want it."""
     state = memory_state(model)
     layout = {name: part.of(state) for name, part in disk_layout(model.config, state)}
     layout |= {name: state[original] for name, original in mtp_copies(model.config)}
     tensors: dict[str, StoredTensor] = {n: MemoryTensor(n, tensor) for n, tensor in layout.items()}
-    return Checkpoint(Path("the model"), "memory", model.config, tensors, lambda: tokenizer)
+    place = Path("the model")
+    return Checkpoint(place, "memory", model.config, tensors, lambda: tokenizer, sampling)
 
 
 def check_copies(checkpoint: Checkpoint, originals: Mapping[str, StoredTensor]) -> None:

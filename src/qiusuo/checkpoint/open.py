@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 from qiusuo.checkpoint.files import CheckpointError, restore_folder
@@ -63,7 +64,8 @@ def pull_model(name: str, progress: Progress | None = None) -> Path:
     with only_one(f"model-{name}"):
         if not (folder / "config.json").is_file():  # nobody has made it meanwhile
             source = pull_member(name, progress=progress)
-            write_huggingface(open_gguf(source), folder, "BF16", progress=progress)
+            checkpoint = replace(open_gguf(source), sampling=entry.sampling)
+            write_huggingface(checkpoint, folder, "BF16", progress=progress)
             source.unlink(missing_ok=True)
     return folder
 

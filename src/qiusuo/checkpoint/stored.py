@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.config import ModelConfig
 
 CHUNK_BYTES = 1 << 20  # as fast as 8 MB, and all that a reader and a writer hold of it is small
+NO_SAMPLING: Mapping[str, float] = MappingProxyType({})
 Progress = Callable[[int, int], None]
 """Called with bytes so far and bytes in all."""
 
@@ -46,13 +48,15 @@ class StoredTensor(Protocol):
 @dataclass(frozen=True)
 class Checkpoint:
     """``tensors`` under the names of a Hugging Face folder: experts apart, MTP copies included
-    where stored. ``read_tokenizer`` gives None where there is none."""
+    where stored. ``read_tokenizer`` gives None where there is none. ``sampling``: the temperature,
+    top_k and top_p that its makers recommend, as far as they say."""
 
     place: Path
     format: str  # "Hugging Face" or "GGUF"
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
     read_tokenizer: Callable[[], Tokenizer | None]
+    sampling: Mapping[str, float] = NO_SAMPLING
 
     @property
     def stored_bytes(self) -> int:

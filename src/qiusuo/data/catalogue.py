@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qiusuo.data.errors import DataError, unknown
@@ -24,7 +24,8 @@ class Entry:
 
     Of a corpus, `members` is a glob over the paths inside the archive and `reader` one of
     `archives.READERS`. Of a model, `members` is the path of its one .gguf file, `member_bytes` and
-    `member_sha256` pin that. For a built-in, `file` is its name in builtin/.
+    `member_sha256` pin that; `sampling`: what its makers recommend. For a
+    built-in, `file` is its name in builtin/.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry:
     reader: str = ""
     member_bytes: int = 0
     member_sha256: str = ""
+    sampling: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qiusuo.checkpoint.export import export
 from qiusuo.checkpoint.load import checkpoint_of
+from qiusuo.checkpoint.stored import NO_SAMPLING
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.answer_events import Event
@@ -41,7 +42,8 @@ class LanguageModel:
     """A model and its tokenizer (None where a folder has none: then token ids only).
 
     ``limits``: of the engine. ``draft``: "mtp", "ngram" or "none"; "auto" takes MTP where the
-    model has a module for it; or another, smaller LanguageModel of the same vocabulary."""
+    model has a module for it; or another, smaller LanguageModel of the same vocabulary.
+    ``sampling``: what its makers recommend; a server takes it where a client asks for nothing."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         limits: Limits | None = None,
         draft: str | LanguageModel = "auto",
+        sampling: Mapping[str, float] = NO_SAMPLING,
     ) -> None:
         if isinstance(draft, LanguageModel):
             _check_draft_model(draft, model, tokenizer)
@@ -56,6 +59,7 @@ class LanguageModel:
             raise ValueError(f"draft {draft!r} is not one of {', '.join(DRAFTS)}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.limits, self.draft = limits or Limits(), draft
+        self.sampling = sampling
         self._wheel, self._driver = threading.Lock(), ""
         self._abandoned: deque[Answer] = deque()  # of streams closed while someone else drove
 
@@ -322,7 +326,7 @@ class LanguageModel:
         """Write the model and its tokenizer: ``format`` "hf" for a folder, "gguf" for a file, None
         by the name. ``dtype`` as ``qiusuo export`` knows it; None keeps the weights' own."""
         name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-        return export(checkpoint_of(self.model, self.tokenizer), place, format, name)
+        return export(checkpoint_of(self.model, self.tokenizer, self.sampling), place, format, name)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

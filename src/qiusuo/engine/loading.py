@@ -40,7 +40,7 @@ def load(
     model = load_model(checkpoint, dtype=wanted, device=device, progress=progress)
     if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load(draft, dtype, device, progress, draft="none")
-    return LanguageModel(model, tokenizer, limits, draft)
+    return LanguageModel(model, tokenizer, limits, draft, checkpoint.sampling)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

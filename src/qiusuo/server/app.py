@@ -51,7 +51,7 @@ def create_app(house: House) -> FastAPI:
     for part in (anthropic, models, chats, studio, console, documentation):
         app.include_router(part.router)
     app.include_router(_own())
-    if STATIC.is_dir():
+    if (STATIC / "assets").is_dir():
         app.mount("/assets", StaticFiles(directory=STATIC / "assets"), name="assets")
     app.add_middleware(Bounds, most_body=house.settings.most_body, metrics=house.metrics)
     if house.settings.origins:

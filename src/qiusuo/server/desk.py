@@ -105,7 +105,8 @@ class Desk:
             "deadline": time.monotonic() + self.settings.request_seconds,
             "namespace": caller.namespace(question.user),
         }
-        options = {key: value for key, value in question.options.items() if key != "n"}
+        chosen = {key: value for key, value in question.options.items() if key != "n"}
+        options: dict[str, Any] = {"temperature": 1.0, **model.lm.sampling, **chosen}
         try:
             if isinstance(question, ChatQuestion):
                 make: Any = partial(prepare_chat, model.lm, question.messages, request, **options)
@@ -114,6 +115,8 @@ class Desk:
             return cast("Asked[Any]", await asyncio.to_thread(make))
         except (RequestError, DataError, ValueError) as error:
             raise ApiError(400, str(error)) from error
+        except RecursionError as error:
+            raise ApiError(400, "the request is nested too deeply") from error
 
     def _admit(self, caller: Caller, request_id: str, prompt: int, output: int) -> bool:
         """Whether it counts for a key. An answer that may be longer than the key's minute allows is

@@ -16,7 +16,7 @@ FILES = ("swagger-ui.css", "swagger-ui-bundle.js")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Qiusuo: the API</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="stylesheet" href="/docs/swagger-ui.css"></head>
+<link rel="icon" href="data:,"><link rel="stylesheet" href="/docs/swagger-ui.css"></head>
 <body><div id="swagger-ui"></div>
 <script src="/docs/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script>
 </body></html>

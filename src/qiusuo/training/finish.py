@@ -34,7 +34,14 @@ def finish_run(
     """Write model, summary, card and report of a run whose last stage is done. Returns the reason
     where there is no report."""
     dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
-    save_huggingface(state.model, run.model_path, dtype=dtype, tokenizer=tokenizer)
+    samples = stage.samples
+    save_huggingface(
+        state.model,
+        run.model_path,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        sampling={"temperature": samples.temperature, "top_p": samples.top_p},
+    )
     write_summary(run.path, facts(recipe, state, validation))
     run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)

@@ -13,6 +13,8 @@ from qiusuo.server.settings import Settings
 from tests.server.api.recipe import MODEL, RefusedError, converted
 
 USER = {"role": "user", "content": "hi"}
+JSON = {"role": "user", "content": "in json"}
+PREFIX = {"role": "assistant", "content": "s", "prefix": True}
 THINKER = SimpleNamespace(thinks=True)
 PLAIN = {"thinking": {"type": "disabled"}}
 
@@ -89,7 +91,14 @@ REFUSED = [
     dict(tools=[tool(), tool()]),
     dict(tools=[tool()], tool_choice={"type": "function", "function": {"name": "g"}}, **PLAIN),
     dict(stream_options={"include_usage": True}),
-    dict(messages=[USER, {"role": "assistant", "content": "s", "prefix": True}, USER]),
+    dict(messages=[USER, PREFIX, USER]),
+    dict(messages=[USER, PREFIX], tools=[tool()]),
+    dict(messages=[USER, PREFIX], tools=[tool()], tool_choice="none"),
+    dict(messages=[JSON, PREFIX], tools=[tool()], response_format={"type": "json_object"}),
+    dict(messages=[JSON, PREFIX], response_format={"type": "json_object"}, **PLAIN),
+    dict(messages=[USER, PREFIX], tools=[tool()], top_logprobs=3),
+    dict(messages=[USER, PREFIX], tools=[tool(), tool()]),
+    dict(messages=[PREFIX, USER], tools=[tool()]),
     dict(messages=[USER, {"role": "assistant", "content": None}]),
     dict(messages=[USER, {"role": "assistant"}, USER]),
     dict(messages=[USER, {"role": "assistant", "content": "x", "tool_calls": []}]),
@@ -188,7 +197,10 @@ ACCEPTED = [
     dict(messages=[{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]),
     dict(messages=[{"role": "user", "content": []}]),
     dict(messages=[USER, {"role": "assistant", "content": "s"}]),
-    dict(messages=[USER, {"role": "assistant", "content": "s", "prefix": True}]),
+    dict(messages=[USER, PREFIX]),
+    dict(messages=[USER, PREFIX], tools=[]),
+    dict(messages=[USER, PREFIX], response_format={"type": "text"}),
+    dict(messages=[USER, PREFIX], response_format={"type": "regex", "regex": "a+"}),
     dict(
         messages=[
             USER,
@@ -314,6 +326,12 @@ def test_the_last_turn_is_continued_where_it_is_a_prefix() -> None:
     last = {"role": "assistant", "content": "x", "prefix": True}
     assert asked(messages=[USER, last]).options["continue_last"] is True
     assert "continue_last" not in asked().options
+
+
+def test_a_turn_after_calls_is_continued_too() -> None:
+    """DeepSeek's refuses it, though there are no tools to call any more."""
+    question = asked(messages=[USER, calls("1"), result("1"), PREFIX])
+    assert question.options["continue_last"] is True
 
 
 def test_users_are_kept_apart() -> None:

@@ -1,10 +1,11 @@
 // Which expert had how much to do, over time: one strip of pixels per expert, one map per layer.
 
 import { useEffect, useRef, useState } from "preact/hooks";
+import { number } from "../i18n";
 import { dark } from "../shell/theme";
 import type { Load } from "./records";
 import { studioWords as t } from "../i18n/studio";
-import { figure, tick } from "./numbers";
+import { figure } from "./numbers";
 
 type Rgb = [number, number, number];
 
@@ -114,7 +115,7 @@ function LayerMap({ layer, loads, version }: { layer: number; loads: Load[]; ver
     const x = Math.min(columns.length - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * columns.length)));
     const expert = Math.min(experts - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * experts)));
     const load = columns[x]?.rows[layer]?.[expert] ?? null;
-    setTold(t("loadAt", { expert: expert + 1, step: tick(columns[x]?.step ?? 0), load: figure(load) }));
+    setTold(t("loadAt", { expert: expert + 1, step: number(columns[x]?.step ?? 0), load: figure(load) }));
   };
 
   const last = loads.at(-1)?.rows[layer] ?? [];
@@ -141,9 +142,9 @@ function LayerMap({ layer, loads, version }: { layer: number; loads: Load[]; ver
         />
       </div>
       <div class="st-heat-x" aria-hidden="true">
-        <span>{tick(columns[0]?.step ?? 0)}</span>
+        <span>{number(columns[0]?.step ?? 0)}</span>
         <span>{t("axis_step")}</span>
-        <span>{tick(columns.at(-1)?.step ?? 0)}</span>
+        <span>{number(columns.at(-1)?.step ?? 0)}</span>
       </div>
     </figure>
   );

@@ -47,17 +47,7 @@ export function clockTick(seconds: number): string {
 
 /** A time to go, only as exact as a guess is. */
 export function roughly(seconds: number): string {
-  return duration(seconds < 60 ? Math.max(1, Math.round(seconds)) + 9 - ((Math.max(1, Math.round(seconds)) + 9) % 10) : seconds);
-}
-
-export function bytes(count: number): string {
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  let power = 0;
-  while (count >= 1000 && power < units.length - 1) {
-    count /= 1000;
-    power++;
-  }
-  return `${Number(count.toPrecision(3))} ${units[power]}`;
+  return duration(seconds < 60 ? Math.max(10, Math.ceil(seconds / 10) * 10) : seconds);
 }
 
 /** The date and time in full, for a title or a table. */

@@ -99,15 +99,15 @@ class ChatRequest(SamplingFields):
             thinking=thinking,
             max_tokens=most_tokens(limit, 1, settings.most_tokens, settings.most_tokens),
         )
+        if (budget := self._thinking_budget()) is not None:
+            options["thinking_budget"] = budget
+        if (constraint := _constraint(self.response_format)) is not None:
+            options["constraint"] = constraint
         options |= _tools(self.tools or [], self.tool_choice)
         messages = engine_messages(self.messages)
         if messages[-1].get("prefix"):
             self._check_prefixed()
             options["continue_last"] = True
-        if (budget := self._thinking_budget()) is not None:
-            options["thinking_budget"] = budget
-        if (constraint := _constraint(self.response_format)) is not None:
-            options["constraint"] = constraint
         if self.logprobs:
             options["logprobs"] = top_logprobs(self.top_logprobs)
         elif self.top_logprobs is not None:

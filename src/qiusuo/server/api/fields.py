@@ -90,6 +90,7 @@ class SamplingFields(Body):
         given = {
             name: value
             for name in (
+                "temperature",
                 "top_p",
                 "min_p",
                 "presence_penalty",
@@ -104,8 +105,7 @@ class SamplingFields(Body):
             given["top_k"] = self.top_k
         if self.logit_bias:
             given["logit_bias"] = _token_ids(self.logit_bias)
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return given | dict(temperature=temperature, n=self.n or 1, stop=stop_strings(self.stop))
+        return given | dict(n=self.n or 1, stop=stop_strings(self.stop))
 
 
 def within(name: str, value: float | None, low: int, high: int) -> None:
