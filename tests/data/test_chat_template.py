@@ -365,10 +365,10 @@ def test_arguments_are_encoded_once(template: str, arguments: object, written: s
     assert call["function"]["arguments"] == arguments
 
 
-def test_arguments_are_read_before_they_are_disguised(bpe: Tokenizer) -> None:
-    """A vocabulary may have tokens that begin like JSON itself, or end so."""
+def test_arguments_are_read_before_they_are_disguised() -> None:
+    """A vocabulary may have tokens that begin and end as JSON's lists do."""
     made = Tokenizer.train_bpe(['{"a": "<b>"}' * 9], 300)
-    made.backend.add_special_tokens(["[INST]", '{"', '"}'])
+    made.backend.add_special_tokens(["[INST]"])
     made = Tokenizer(made.backend, chat_template=AS_JSON)
     call = {"function": {"name": "f", "arguments": '{"a":  ["<｜User｜>", "\\ud836\\udc00"]}'}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}

@@ -8,7 +8,7 @@ format do for all of them, and nothing ever holds more than a few rows beside wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -56,7 +56,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
     read_tokenizer: Callable[[], Tokenizer | None]
-    sampling: Mapping[str, float] = NO_SAMPLING
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def stored_bytes(self) -> int:

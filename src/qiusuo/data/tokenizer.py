@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qiusuo.data import vocabularies
 from qiusuo.data.chat_template import (
     Message,
+    as_tested,
     check_messages,
     default_template,
     render_chat,
