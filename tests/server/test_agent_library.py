@@ -1,5 +1,5 @@
 """A loop of tools driven by a library of agents, unmodified, against a real server process: the
-model calls, the library runs the tool and tells its result, the model answers."""
+model calls twice at once, the library runs the tool and tells its results, the model answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.server.api.processes import ServerProcess
-from tests.server.api.talkers import PARIS, WEATHER, talker
+from tests.server.api.talkers import BOTH, WEATHER, talker
 
 pytestmark = pytest.mark.long
 agents = pytest.importorskip(
@@ -42,8 +42,8 @@ def test_a_loop_of_tools(address, kind, stream) -> None:
     asked: list[str] = []
 
     async def get_weather(context: Any, arguments: str) -> str:
-        asked.append(json.loads(arguments)["city"])
-        return "sunny"
+        asked.append(city := json.loads(arguments)["city"])
+        return {"Paris": "sunny", "Rome": "rainy"}[city]
 
     function = WEATHER["function"]
     tool = agents.FunctionTool(
@@ -64,7 +64,7 @@ def test_a_loop_of_tools(address, kind, stream) -> None:
     quiet = agents.RunConfig(tracing_disabled=True)
 
     async def run() -> Any:
-        question = PARIS[0]["content"]
+        question = BOTH[0]["content"]
         if not stream:
             return await agents.Runner.run(agent, question, run_config=quiet, max_turns=4)
         running = agents.Runner.run_streamed(agent, question, run_config=quiet, max_turns=4)
@@ -78,8 +78,8 @@ def test_a_loop_of_tools(address, kind, stream) -> None:
         return running
 
     ended = asyncio.run(run())
-    assert asked == ["Paris"]
-    assert ended.final_output == "It is sunny."
+    assert asked == ["Paris", "Rome"]
+    assert ended.final_output == "Sunny and rainy."
     usage = ended.context_wrapper.usage
     assert usage.requests == 2
     assert usage.output_tokens > 0
