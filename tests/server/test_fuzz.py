@@ -8,6 +8,8 @@ mostly names what is there.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import threading
 from collections import Counter
@@ -168,3 +170,199 @@ def test_no_made_up_question_is_answered_with_a_500(fuzzed, subtests, caplog) ->
 @pytest.mark.long
 def test_nor_are_many(fuzzed, subtests, caplog) -> None:
     check(fuzzed, 150, subtests, caplog)
+
+
+# -- good questions with one bad word -------------------------------------------------------
+
+
+NASTY: list[Any] = [
+    *(None, True, -1, 0, 2**31, 2**63 - 1, 2**63, 10**30, 1e-320, 1.5, 1e308),
+    *(float("nan"), float("inf"), "", "\0", "\ud800", "x" * 5000, "１２", "../../etc/passwd"),
+    *("NaN", "9" * 40, "-1", "0.0000000001", "(", "2026-02-30", [], ["\ud800"], [[1]], {}),
+    *(
+        {"\ud800": 1},
+        {"type": "\0"},
+        {"$ref": "#"},
+        functools.reduce(lambda x, _: [x], range(300), []),
+    ),
+]
+FUNCTION = {"name": "look", "description": "d", "parameters": {"type": "object"}, "strict": False}
+COMMON = {
+    "model": "talker", "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1}, "seed": 1, "n": 1, "max_tokens": 2, "stop": ["zz"],
+    "ignore_eos": False, "stream": True, "stream_options": {"include_usage": True},
+    "user": "u", "user_id": "u", "qiusuo": True,
+}  # fmt: skip
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+RICH: dict[str, dict[str, Any]] = {
+    "POST /v1/chat/completions": COMMON
+    | {
+        "messages": [
+            {"role": "system", "content": "s", "name": "n"},
+            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+            {"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "1", "content": "told"},
+        ],
+        "thinking": {"type": "enabled"},
+        "thinking_budget": 3,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "logprobs": True,
+        "top_logprobs": 2,
+    },
+    "POST /v1/chat/completions forced": {
+        "model": "talker",
+        "messages": HELLO,
+        "max_tokens": 2,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": {"type": "function", "function": {"name": "look"}},
+    },
+    "POST /v1/chat/completions schema": {
+        "model": "talker",
+        "messages": HELLO,
+        "max_tokens": 2,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "n",
+                "schema": {"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"]},
+            },
+        },
+    },
+    "POST /v1/chat/completions regex": {
+        "model": "talker",
+        "messages": [*HELLO, {"role": "assistant", "content": "G", "prefix": True}],
+        "max_tokens": 2,
+        "response_format": {"type": "regex", "regex": "[ab]+"},
+    },
+    "POST /v1/completions": COMMON
+    | {"prompt": [[5, 6], [7]], "echo": True, "logprobs": 2, "best_of": 1, "stream": False},
+    "POST /v1/completions suffix": COMMON | {"prompt": "a", "suffix": "b"},
+    "POST /v1/responses": {
+        "model": "talker",
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+            {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "told"},
+        ],
+        "instructions": "i",
+        "max_output_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "tools": [{"type": "function"} | FUNCTION],
+        "tool_choice": "auto",
+        "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "text"}},
+        "metadata": {"a": "b"},
+        "stream": True,
+        "user": "u",
+        "store": False,
+    },
+    "POST /anthropic/v1/messages": {
+        "model": "talker",
+        "max_tokens": 2,
+        "system": [{"type": "text", "text": "s"}],
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "t", "signature": "s"},
+                    {"type": "tool_use", "id": "1", "name": "look", "input": {}},
+                ],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "c"}]},
+        ],
+        "tools": [{"name": "look", "description": "d", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "auto"},
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "stop_sequences": ["zz"],
+        "metadata": {"user_id": "u"},
+        "stream": True,
+    },
+    "POST /api/conversations": {"title": "t", "model": "m", "system": "s", "settings": {"a": 1}},
+    "PATCH /api/conversations/{conversation}": {"title": "t", "settings": {"a": 1}, "leaf": None},
+    "POST /api/conversations/{conversation}/messages": {
+        "parent": None, "role": "user", "content": "c", "reasoning_content": "r",
+        "reasoning_seconds": 1.0, "model": "m", "usage": {"a": 1}, "cost": "1", "speed": {},
+        "finish_reason": "stop", "attachments": [{"name": "n", "text": "t"}],
+        "tool_calls": [{"id": "1", "name": "n", "arguments": "{}"}], "tool_call_id": "1",
+    },
+    "POST /api/console/keys": {
+        "name": "n", "account": "a", "models": ["talker"], "rpm": 1, "tpm": 1, "concurrency": 1,
+        "budget": "1", "admin": False,
+    },
+    "PATCH /api/console/keys/{key}": {
+        "name": "n", "models": ["talker"], "rpm": 1, "tpm": 1, "concurrency": 1, "budget": "1",
+    },
+    "POST /api/console/accounts": {
+        "account": "firm", "amount": "1", "granted": True, "note": "n", "token": "t", "open": True,
+    },
+    "PUT /api/console/prices": {
+        "prices": [
+            {
+                "model": "other", "hit": "1", "miss": "1", "output": "1", "from": 1.0,
+                "windows": [
+                    {
+                        "start": "09:00", "end": "10:00", "factor": "2", "timezone": "UTC",
+                        "weekdays": ["mon"], "excluded": ["2026-01-01"],
+                    }
+                ],
+            }
+        ],
+        "currency": "CNY",
+    },
+    "POST /api/models/load": {"source": "nothing", "name": "n"},
+    "POST /api/runs": {"recipe": "nothing", "set": {"a": 1}, "name": "n"},
+    "GET /api/conversations": {"q": "求索", "limit": 3, "before": 1.0},
+    "GET /api/runs/{run}/records": {"kind": "step", "every": 1, "after": 0},
+    "GET /api/console/usage": {
+        "by": "day", "from": "2026-01-01", "to": "2026-12-31", "timezone": "UTC", "format": "csv",
+    },
+}  # fmt: skip
+
+
+def spoilt(value: Any) -> Iterator[Any]:
+    """Copies in each of which one thing, however deep, is nasty."""
+    yield from NASTY
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (value | {key: other} for other in spoilt(inner))
+            yield {name: one for name, one in value.items() if name != key}
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from ([*value[:place], other, *value[place + 1 :]] for other in spoilt(inner))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("label", RICH)
+def test_one_bad_word_in_a_good_question(fuzzed, label, caplog) -> None:
+    method, path = label.split()[:2]
+    path = path.format(**fuzzed.known)
+    headers = {"content-type": "application/json"}
+    failures, statuses = [], Counter[int]()
+    with caplog.at_level(logging.ERROR):
+        for body in (RICH[label], *spoilt(RICH[label])):
+            told: dict[str, Any] = {"data": json.dumps(body), "headers": headers}
+            if method == "GET":
+                if not isinstance(body, dict):
+                    continue
+                told = {
+                    "params": {
+                        key: str(one).encode("utf-8", "replace") for key, one in body.items()
+                    }
+                }
+            address = f"{fuzzed.address}{path}"
+            answer = fuzzed.session.request(method, address, timeout=PATIENCE, **told)
+            statuses[answer.status_code] += 1
+            if answer.status_code >= 500 or INTERNAL.encode() in answer.content:
+                failures.append((answer.status_code, json.dumps(body)[:2000]))
+    assert failures == []
+    assert [record.getMessage() for record in caplog.records] == []
+    assert sum(statuses[status] for status in (200, 201)) or "load" in path or "runs" in path
+    fuzzed.house.ledger.check()

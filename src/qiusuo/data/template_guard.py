@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from qiusuo.data.chat_template import Message
@@ -49,7 +50,8 @@ class TemplateGuard:
         ends = {c for s in spellings for c in (s[0], s[-1]) if not c.isalnum() and not c.isspace()}
         ends |= {s[0] for s in wordlike}
         used = set().union(*map(_characters, haystacks))
-        unused = (chr(c) for c in (*STAND_INS, *range(0x10FFFD, 0, -1)) if chr(c) not in used)
+        symbols = map(chr, chain(STAND_INS, range(0x10FFFD, 0, -1)))
+        unused = (symbol for symbol in symbols if symbol not in used)
         self._stand_ins = dict(zip(sorted(ends), unused, strict=False))
         self._hide_table = str.maketrans(
             {c: s for c, s in self._stand_ins.items() if not c.isalnum()}
