@@ -51,7 +51,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_lists_the_commands(ask: Ask) -> None:
     answer = ask("--help")
     assert answer.code == 0
-    for name in ("quickstart", "train", "pull", "chat", "export", "doctor", "inspect", "report"):
+    for name in (
+        "quickstart train pull chat serve export doctor inspect report keys accounts prices"
+    ).split():
         assert re.search(rf"^ *{name} +\w", answer.out, re.MULTILINE), name
         assert ask(name, "--help").code == 0
 
@@ -179,7 +181,7 @@ def test_report_draws_anew(ask: Ask, corpus: Path) -> None:
 def quick(corpus: Path, *more: str) -> list[str]:
     source = f'stages.0.data.corpora=[{{source="{corpus}"}}]'
     words = ["--recipe", "seconds", "--run", "run", "--set", source, *SMALL, *more]
-    return ["quickstart", *words, "--set", "tokenizer.kind='characters'"]
+    return ["quickstart", "--no-page", *words, "--set", "tokenizer.kind='characters'"]
 
 
 def test_quickstart_trains_then_goes_on_then_starts_over(ask: Ask, corpus: Path) -> None:

@@ -3,7 +3,7 @@ was trained.
 
 The server and the training are two processes: this one serves, and a child lives the recipe in the
 same terminal (`qiusuo quickstart --no-page`). So the page answers while all cores train, and a
-fault of one does not end the other. Ctrl-C reaches both: the child saves where it stands.
+fault of one does not end the other. Ctrl-C is passed on: the child saves where it stands.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.console import Console
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.open import pull_model
 from qiusuo.data.errors import DataError
-from qiusuo.runs.folder import read_status
+from qiusuo.runs.folder import RunFolder, read_status
 from qiusuo.server.api.errors import ApiError
 from qiusuo.server.failure import ServerError
 from qiusuo.server.house import House
@@ -37,6 +37,8 @@ def quickstart_with_page(path: Path, words: Sequence[str], settings: Settings) -
     """Serve the page, and train at ``path`` what ``words`` (of the command line) say, unless that
     is done. Returns when it is stopped; False if that was before the training had ended."""
     console = Console(highlight=False)
+    if path.exists() and any(path.iterdir()):
+        RunFolder.open(path, lock=False)  # refuses what is no run
     house = House.open(replace(settings, runs=path.parent))
     with _listen(settings) as listening:
         console.print(f"[bold]Qiusuo[/bold]  {address_of(listening)}  (Ctrl-C stops)")
@@ -44,10 +46,12 @@ def quickstart_with_page(path: Path, words: Sequence[str], settings: Settings) -
         if not _finished(path):
             console.print("The training is watched there too, from its first step.\n")
             child = subprocess.Popen(
-                [sys.executable, "-m", "qiusuo", "quickstart", "--no-page", *words]
+                [sys.executable, "-m", "qiusuo", "quickstart", "--no-page", *words],
+                process_group=0,  # a Ctrl-C typed here reaches it once, through us
             )
         try:
-            asyncio.run(_run(house, Server(house), listening, child, path, console))
+            with suppress(KeyboardInterrupt):  # raised anew once all has ended
+                asyncio.run(_run(house, Server(house), listening, child, path, console))
         finally:
             if child is not None:
                 _end(child)
@@ -67,11 +71,14 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """It saves first; asked twice, it has heard Ctrl-C already and goes on saving."""
+    """It saves first, and we wait for that; Ctrl-C once more ends both."""
     if child.poll() is None:
         with suppress(ProcessLookupError):
             child.send_signal(signal.SIGINT)
-    with suppress(KeyboardInterrupt):
+    try:
+        child.wait()
+    except KeyboardInterrupt:
+        child.kill()
         child.wait()
 
 
@@ -101,6 +108,8 @@ async def _bring(
     if child is not None:
         while child.poll() is None:
             await asyncio.sleep(0.2)
+        if child.returncode > 0:
+            console.print(f"The training has ended with an error; the page stays at {address}")
     if _finished(path):
         with suppress(ApiError):
             await house.registry.add(path)

@@ -1,14 +1,16 @@
 """Questions nobody would ask: schemathesis makes them up from the server's own description, and no
 operation may answer one with a 500.
 
-Most of what a generator makes up is refused before the engine hears of it. So of three questions two
-are good ones, in which some of the fields are made up; and where a path names something, it
-mostly names what is there.
+Most of what a generator makes up is refused before the engine hears of it. So of three questions
+two are good ones, in which some of the fields are made up; and where a path names something, it
+mostly names what is there. What breaks servers is known, too: numbers too large, half a character,
+a list hundreds deep; each stands once in many places of a good question.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import threading
@@ -111,12 +113,13 @@ def questions(draw: Any, operation: Any, known: dict[str, str]) -> Case:
             if case.method != "DELETE" and draw(st.integers(0, 3)):
                 case.path_parameters[name] = known[name]
     good = GOOD.get(operation.path)
+    if good is not None and draw(st.integers(0, 2)):
+        given = case.body if isinstance(case.body, dict) else {}
+        names = sorted(set(given) - {"model", "stream"})
+        kept = draw(st.lists(st.sampled_from(names), max_size=2)) if names else []
+        stream = draw(st.booleans())
+        case.body = good | {name: given[name] for name in kept} | {"stream": stream}
     if good is not None and isinstance(case.body, dict):
-        if draw(st.integers(0, 2)):
-            names = sorted(set(case.body) - {"model", "stream"})
-            kept = draw(st.lists(st.sampled_from(names), max_size=2)) if names else []
-            stream = draw(st.booleans())
-            case.body = good | {name: case.body[name] for name in kept} | {"stream": stream}
         case.body["model"] = "talker"
     return case
 
@@ -155,7 +158,7 @@ def check(fuzzed: Fuzzed, examples: int, subtests: Any, caplog: Any) -> None:
             with subtests.test(operation.label):
                 fuzz(fuzzed, operation, examples * (4 if operation.path in GOOD else 1))
     for path in GOOD:
-        assert fuzzed.answers[f"POST {path}", 200] >= examples, "too few reached the engine"
+        assert fuzzed.answers[f"POST {path}", 200] >= examples // 2, "too few reached the engine"
     assert [record.getMessage() for record in caplog.records] == []
     assert fuzzed.house.desk.jobs == {}
     fuzzed.house.ledger.check()
@@ -227,7 +230,7 @@ RICH: dict[str, dict[str, Any]] = {
             "type": "json_schema",
             "json_schema": {
                 "name": "n",
-                "schema": {"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"]},
+                "schema": {"type": "object", "properties": {"a": {"enum": ["b"]}}},
             },
         },
     },
@@ -238,12 +241,20 @@ RICH: dict[str, dict[str, Any]] = {
         "response_format": {"type": "regex", "regex": "[ab]+"},
     },
     "POST /v1/completions": COMMON
-    | {"prompt": [[5, 6], [7]], "echo": True, "logprobs": 2, "best_of": 1, "stream": False},
+    | {"prompt": [[5, 6], [7]], "echo": True, "logprobs": 2},
+    "POST /v1/completions best": {
+        "model": "talker",
+        "prompt": "a",
+        "best_of": 2,
+        "n": 1,
+        "logprobs": 2,
+        "max_tokens": 2,
+    },
     "POST /v1/completions suffix": COMMON | {"prompt": "a", "suffix": "b"},
     "POST /v1/responses": {
         "model": "talker",
         "input": [
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+            {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
             {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "1", "output": "told"},
         ],
@@ -273,7 +284,10 @@ RICH: dict[str, dict[str, Any]] = {
                     {"type": "tool_use", "id": "1", "name": "look", "input": {}},
                 ],
             },
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "c"}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "1", "content": "c"}],
+            },
         ],
         "tools": [{"name": "look", "description": "d", "input_schema": {"type": "object"}}],
         "tool_choice": {"type": "auto"},
@@ -327,16 +341,35 @@ RICH: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def spoilt(value: Any) -> Iterator[Any]:
-    """Copies in each of which one thing, however deep, is nasty."""
-    yield from NASTY
+def spoilt(value: Any, turn: Iterator[int]) -> Iterator[Any]:
+    """Copies in each of which one thing, however deep, is nasty: of the nasty things every fifth,
+    another fifth for each place."""
+    yield from NASTY[next(turn) % 5 :: 5]
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from (value | {key: other} for other in spoilt(inner))
+            yield from (value | {key: other} for other in spoilt(inner, turn))
             yield {name: one for name, one in value.items() if name != key}
     elif isinstance(value, list):
         for place, inner in enumerate(value):
-            yield from ([*value[:place], other, *value[place + 1 :]] for other in spoilt(inner))
+            yield from (
+                [*value[:place], other, *value[place + 1 :]] for other in spoilt(inner, turn)
+            )
+
+
+def test_half_a_character_is_told_back(fuzzed) -> None:
+    """JSON can hold one, UTF-8 cannot, and the refusal wants to name it."""
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "\ud800", "content": "told"},
+    ]
+    answer = fuzzed.session.post(
+        f"{fuzzed.address}/v1/chat/completions",
+        json={"model": "talker", "messages": messages},
+        timeout=PATIENCE,
+    )
+    assert answer.status_code == 400
+    assert "ud800" in answer.json()["error"]["message"]
 
 
 @pytest.mark.long
@@ -347,7 +380,7 @@ def test_one_bad_word_in_a_good_question(fuzzed, label, caplog) -> None:
     headers = {"content-type": "application/json"}
     failures, statuses = [], Counter[int]()
     with caplog.at_level(logging.ERROR):
-        for body in (RICH[label], *spoilt(RICH[label])):
+        for body in (RICH[label], *spoilt(RICH[label], itertools.count())):
             told: dict[str, Any] = {"data": json.dumps(body), "headers": headers}
             if method == "GET":
                 if not isinstance(body, dict):
@@ -364,5 +397,6 @@ def test_one_bad_word_in_a_good_question(fuzzed, label, caplog) -> None:
                 failures.append((answer.status_code, json.dumps(body)[:2000]))
     assert failures == []
     assert [record.getMessage() for record in caplog.records] == []
-    assert sum(statuses[status] for status in (200, 201)) or "load" in path or "runs" in path
+    refused = path in ("/api/models/load", "/api/runs")  # there is no such model, no such recipe
+    assert statuses[200] + statuses[201] > 1 or refused
     fuzzed.house.ledger.check()

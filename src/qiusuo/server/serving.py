@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 import uvicorn
 from rich.console import Console
@@ -67,7 +68,8 @@ def serve(settings: Settings, models: Sequence[str], names: Sequence[str] = ()) 
     console = Console(stderr=True, highlight=False)
     house = House.open(settings)
     check_bind(settings, house.keys.any())
-    with bound(settings) as listening:
+    # Ctrl-C is raised anew once all has ended.
+    with bound(settings) as listening, suppress(KeyboardInterrupt):
         asyncio.run(_run(house, listening, models, names, console))
 
 
