@@ -16,6 +16,7 @@ import pytest
 
 from tests.training import lives
 
+WORDS = "-m qiusuo quickstart --recipe tiny.toml --run runs/tiny --port 0"
 PATIENCE = 120.0  # seconds, for a machine that does much else
 
 
@@ -32,8 +33,7 @@ class Quickstart:
         }
         with self.said.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qiusuo", "quickstart", "--recipe", "tiny.toml"]
-                + ["--run", "runs/tiny", "--port", "0"],
+                [sys.executable, *WORDS.split()],
                 cwd=folder,
                 env=os.environ | nowhere | {"OMP_NUM_THREADS": "1"},
                 stdout=out,

@@ -64,6 +64,7 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: float | None = None,
     ) -> None:
+        message = message.encode("utf-8", "backslashreplace").decode()  # no half a character
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
         self.retry_after = retry_after
