@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import uvloop
 from rich.console import Console
 
 from qiusuo.checkpoint.files import CheckpointError
@@ -51,7 +52,7 @@ def quickstart_with_page(path: Path, words: Sequence[str], settings: Settings) -
             )
         try:
             with suppress(KeyboardInterrupt):  # raised anew once all has ended
-                asyncio.run(_run(house, Server(house), listening, child, path, console))
+                uvloop.run(_run(house, Server(house), listening, child, path, console))
         finally:
             if child is not None:
                 _end(child)

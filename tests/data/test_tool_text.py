@@ -242,6 +242,8 @@ def test_what_belongs_to_no_call() -> None:
     )
     # Marks that no reader knows make no frame.
     assert frame_written(default_template().replace("tool▁call▁begin", "call")) is None
+    endless = default_template().replace("tool▁call▁end", "end").replace("tool▁calls▁end", "end")
+    assert frame_written(endless) is None
 
 
 def test_marks_are_tokens_in_the_frame_and_text_in_a_description() -> None:

@@ -280,28 +280,14 @@ def test_logits_may_be_narrower_than_the_vocabulary():
 
 
 @BOTH
-def test_rollback_is_as_if_never_taken(tokenizer, grammars):
-    text = '{"name": ["静", 12]}'
-    constraint = Constraint("json_object")
-    ids = [*tokenizer.encode(text), min(ENDS)]
-    masks = []
-    matcher = grammars.matcher(constraint)
-    for token in ids:
-        masks.append(matcher.allowed())
+def test_nothing_follows_an_end(tokenizer, grammars):
+    matcher = grammars.matcher(Constraint("json_object"))
+    for token in [*tokenizer.encode('{"name": ["静", 12]}'), min(ENDS)]:
+        assert matcher.allowed()[token]
         matcher.advance(token)
     assert matcher.finished
     assert not matcher.allowed().any()
-    for back in range(1, len(ids) + 1):
-        matcher.rollback(back)
-        place = len(ids) - back
-        assert torch.equal(matcher.allowed(), masks[place])
-        assert matcher.finished == (place == len(ids) - 1)
-        for token in ids[place:]:
-            matcher.advance(token)
-    with pytest.raises(ValueError, match=f"cannot go back {len(ids) + 1} tokens"):
-        matcher.rollback(len(ids) + 1)
-    matcher.rollback(0)
-    assert matcher.finished
+    assert matcher.fitting(tokenizer.encode(" ")) == 0
 
 
 def test_matchers_of_one_grammar_are_apart():
@@ -317,10 +303,9 @@ def test_a_dead_end_allows_nothing():
     few = Tokenizer.train_characters(["ab"])
     matcher = Grammars(few, few.vocab_size, ENDS).matcher(Constraint("regex", "az|abz"))
     matcher.advance(few.token_id("a"))
+    assert allowed_ids(matcher) == {few.token_id("b")}
     matcher.advance(few.token_id("b"))
     assert not matcher.allowed().any()
-    matcher.rollback(1)
-    assert allowed_ids(matcher) == {few.token_id("b")}
 
 
 # Refusals

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qiusuo.engine.core import Engine
+from qiusuo.engine.drafting import Pass, drafting
 from qiusuo.engine.limits import Limits
 from qiusuo.engine.request import Request, Sequence
 from qiusuo.engine.sampling import Sampling
@@ -144,3 +145,41 @@ def test_a_page_from_disk_is_computed_anew(tmp_path):
     assert (answer.cached_tokens, second.statistics.disk_tokens) == (0, 0)
     assert_told(model, answer)
     assert ask(second, PROMPT).cached_tokens == 12
+
+
+class Knowing:
+    """Drafts the two tokens that come next."""
+
+    def __init__(self, texts: dict[Sequence, list[int]]) -> None:
+        self.texts = texts
+
+    def observe(self, done: Pass) -> None:
+        for sequence in drafting(done):
+            place = len(sequence.tokens)
+            sequence.drafts = self.texts[sequence][place : place + 2]
+
+
+def test_after_a_pass_that_breaks_off_behind_drafts_that_were_right():
+    """What the routers chose for drafts is noted when all have drawn: here a listener raises."""
+    model = tiny_model()
+    engine = engine_of(model, prefix_cache=False)
+    texts = [ask(engine, PROMPT[i:]).tokens for i in (0, 1)]
+    both = [
+        engine.submit(Request(PROMPT[i:], WARM, keep_experts=True, first_choice=0))[0]
+        for i in (0, 1)
+    ]
+    engine.drafter = Knowing(dict(zip(both, texts, strict=True)))
+
+    def listen(one: Sequence, _) -> None:
+        if one.answered == 3:
+            one.on_token = None
+            raise KeyboardInterrupt
+
+    both[1].on_token = listen
+    with pytest.raises(KeyboardInterrupt):
+        run(engine)
+    assert engine.statistics.accepted > 0
+    run(engine)
+    for one, text in zip(both, texts, strict=True):
+        assert one.tokens == text
+        assert_told(model, one)

@@ -345,6 +345,22 @@ def test_the_best_of_some(chatty):
         chatty.generate(["求"], n=3, best_of=2)
 
 
+def test_the_best_of_some_is_never_one_that_failed():
+    model = tiny_model()
+    lm = qiusuo.LanguageModel(model, None)
+    settings = {"max_tokens": 5, "temperature": 2.0, "seed": 1, "ignore_eos": True}
+    every = lm.generate([[1, 2, 3]], n=4, **settings)
+    likeliest = max(every, key=lambda one: one.logprobs[0]).token_ids[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[likeliest] = float("nan")
+    told = lm.generate([[1, 2, 3]], n=4, best_of=4, **settings)
+    reasons = [one.finish_reason for one in told]
+    assert reasons == sorted(reasons, reverse=True)  # "length" before "error"
+    assert set(reasons) == {"length", "error"}
+    failed, whole = told[-1], told[0]
+    assert failed.logprobs[0] > sum(whole.logprobs) / len(whole.logprobs)
+
+
 def test_alternatives_are_told(chatty):
     prompt = [1, 5, 9, 3]
     (answer,) = chatty.generate(

@@ -164,6 +164,11 @@ def test_what_cannot_be_reported_is_refused(usage: UsageReports, ask: Ask) -> No
         usage.report("colour; DROP TABLE usage")
     with pytest.raises(PriceError, match="timezone"):
         usage.report("day", timezone="Mars/Olympus")
+    for day in (date.min, date.max):
+        with pytest.raises(UsageError, match="1900 to 9998"):
+            usage.report("model", first=day)
+        with pytest.raises(UsageError, match="1900 to 9998"):
+            usage.total(last=day)
     ask(datetime(1999, 1, 1, tzinfo=UTC))
     ask(datetime(2026, 1, 1, tzinfo=UTC))
     with pytest.raises(UsageError, match="too long"):

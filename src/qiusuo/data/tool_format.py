@@ -85,8 +85,10 @@ def frame_written(template: str) -> Frame | None:
     arguments = text.index(ARGUMENTS, first)
     behind, last = arguments + len(ARGUMENTS), text.index(ARGUMENTS, second) + len(ARGUMENTS)
     begins, ends = MARKS[form]
-    start = next(place for mark in begins if (place := text.rfind(mark, 0, first)) >= 0)
-    stop = next(place + len(mark) for mark in ends if (place := text.find(mark, last)) >= 0)
+    start = next((place for mark in begins if (place := text.rfind(mark, 0, first)) >= 0), None)
+    stop = next((place + len(mark) for mark in ends if (place := text.find(mark, last)) >= 0), None)
+    if start is None or stop is None:  # calls that never end are of no format
+        return None
     between, closing = text[behind:second], text[last:stop]
     return Frame(
         opening=text[start:first],

@@ -1,8 +1,8 @@
 """An answer on its way from the engine's thread to a client, who may be slow, or gone.
 
 The engine's thread puts events into an outlet and never waits: they are small, and an answer has
-an end. A client takes them in any event loop. It is woken only if it waits, so whoever lags behind
-costs the engine nothing.
+an end. A client takes them in any event loop. It is woken only if it waits, and all are woken
+together after a step, so whoever lags behind costs the engine nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -25,11 +26,34 @@ T = TypeVar("T")
 Sleeper = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
-class Outlet(Generic[T]):
-    """What is known outside the engine's thread of one answer. Ends once, with a result or an
-    error."""
+class Bell:
+    """Wakes clients, each in its event loop, once a step: to call into another thread's loop costs
+    as much as a good part of an answer's token. The engine's thread alone touches it."""
 
     def __init__(self) -> None:
+        self._sleepers: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+
+    def add(self, sleepers: Iterable[Sleeper]) -> None:
+        """To be woken when it rings."""
+        for loop, future in sleepers:
+            self._sleepers.setdefault(loop, []).append(future)
+
+    def ring(self) -> None:
+        if not self._sleepers:
+            return
+        sleepers, self._sleepers = self._sleepers, {}
+        for loop, futures in sleepers.items():
+            # A closed loop: nobody sleeps there any more.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_wake, futures)
+
+
+class Outlet(Generic[T]):
+    """What is known outside the engine's thread of one answer. Ends once, with a result or an
+    error. Who waits for it hears when the bell rings."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()
         self._readers: list[Sleeper] = []  # until there is an event, or the end
@@ -42,7 +66,7 @@ class Outlet(Generic[T]):
         with self._lock:
             self._events.append(event)
             readers, self._readers = self._readers, []
-        _wake(readers)
+        self._bell.add(readers)
 
     def end(self, result: T | None = None, error: BaseException | None = None) -> None:
         with self._lock:
@@ -51,7 +75,7 @@ class Outlet(Generic[T]):
             self._result, self._error, self.ended = result, error, True
             sleepers = self._readers + self._waiters
             self._readers, self._waiters = [], []
-        _wake(sleepers)
+        self._bell.add(sleepers)
 
     async def event(self) -> Event | None:
         """The next; None at the end. Raises the error that it ended with."""
@@ -88,25 +112,18 @@ def _sleep(sleepers: list[Sleeper]) -> asyncio.Future[None]:
     return future
 
 
-def _wake(sleepers: list[Sleeper]) -> None:
-    for loop, future in sleepers:
-        try:
-            loop.call_soon_threadsafe(_set, future)
-        except RuntimeError:  # the loop is closed, and nobody sleeps there any more
-            continue
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _wake(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 class Stream(Generic[T]):
     """The engine's side of an answer; all but ``outlet`` belongs to the engine's thread."""
 
-    def __init__(self, asked: Asked[T]) -> None:  # type: ignore[type-var]
+    def __init__(self, asked: Asked[T], bell: Bell) -> None:  # type: ignore[type-var]
         self.asked = asked
-        self.outlet: Outlet[T] = Outlet()
+        self.outlet: Outlet[T] = Outlet(bell)
         self.sequence: Sequence | None = None
         self.answering: Answering | None = None
 

@@ -1,6 +1,6 @@
 """From what a caller asks to a request, and from a finished sequence to what the caller gets.
 
-The one way in and out for calls that wait (language_model.py) and for streams (running.py). What
+The one way in and out for calls that wait (driving.py) and for streams (running.py). What
 may take long (rendering a template, tokenising, compiling a grammar) is done in ``prepare_*``,
 which only reads the engine's limits and so may run in any thread. ``Asked.follow`` and ``told``
 belong to whoever drives the engine.

@@ -137,7 +137,6 @@ class Matcher:
 
     def __init__(self, grammars: Grammars, state: Any) -> None:
         self._grammars, self._state = grammars, state
-        self._taken = 0  # tokens, an end included
         self._ended = False
 
     @property
@@ -178,18 +177,6 @@ class Matcher:
             self._ended = True
         else:
             self._state.consume_token(token)
-        self._taken += 1
-
-    def rollback(self, count: int) -> None:
-        """Forget the last ``count`` tokens that were taken, an end included."""
-        if not 0 <= count <= self._taken:
-            raise ValueError(f"cannot go back {count} tokens: {self._taken} were taken")
-        self._taken -= count
-        if count and self._ended:
-            self._ended = False
-            count -= 1
-        if count:
-            self._state.rollback(count)
 
     def fitting(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could come next, one after the other, ends not counted."""

@@ -236,6 +236,8 @@ class Engine:
             if sequence.finish_reason is not None:
                 self.scheduler.remove(sequence)
             sequence.length = min(sequence.length, len(sequence.tokens) - 1)
+            if sequence.request.keep_experts:  # those of drafts that were right come last of all
+                sequence.length = min(sequence.length, sequence.routed)
             sequence.drafts = []
 
     def _expire(self) -> list[Sequence]:

@@ -44,15 +44,18 @@ class _Errand:
 
 class EngineThread:
     """``on_end`` hears in this thread of each sequence that has ended in a step, and ``on_stop`` at
-    the very end, with an error where it was a step that failed."""
+    the very end, with an error where it was a step that failed. ``on_pause``: after each step, and
+    before it sleeps."""
 
     def __init__(
         self,
         engine: Engine,
         on_end: Callable[[Sequence], None],
         on_stop: Callable[[EngineError | None], None],
+        on_pause: Callable[[], None],
     ) -> None:
         self.engine, self.on_end, self.on_stop = engine, on_end, on_stop
+        self.on_pause = on_pause
         self.statistics: Statistics = copy.deepcopy(engine.statistics)  # as of the last step
         self.failure: BaseException | None = None
         self._errands: SimpleQueue[_Errand] = SimpleQueue()
@@ -90,11 +93,13 @@ class EngineThread:
                 self._run_errands()
                 if not self.engine.idle and not self._stopping:
                     self._step()
+                self.on_pause()
         except BaseException as error:  # a bug, or no memory left
             self.failure = error
         finally:
             self._over = True
             self.on_stop(None if self.failure is None else self.refusal())
+            self.on_pause()
             self._refuse_all()
 
     def _step(self) -> None:

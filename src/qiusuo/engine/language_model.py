@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Generator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,22 @@ from qiusuo.checkpoint.stored import NO_SAMPLING
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.answer_events import Event
-from qiusuo.engine.answering import Answering, OnEvent
-from qiusuo.engine.asking import Asked, Completion, Message, T, failed, prepare_chat, prepare_text
+from qiusuo.engine.answering import OnEvent
+from qiusuo.engine.asking import Completion, Message, prepare_chat, prepare_text
 from qiusuo.engine.constraint import Constraint, Grammars
 from qiusuo.engine.core import Engine
-from qiusuo.engine.drafting import Drafter, NgramDrafter
+from qiusuo.engine.drafting import NgramDrafter
+from qiusuo.engine.driving import Driver
 from qiusuo.engine.limits import Limits
 from qiusuo.engine.model_drafting import ModelDrafter
 from qiusuo.engine.mtp_drafting import MTPDrafter
-from qiusuo.engine.request import EngineError, RequestError, check_tokens
-from qiusuo.engine.request import Sequence as Answer
+from qiusuo.engine.request import RequestError, check_tokens
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
 
 # T tokens, W vocabulary.
 
 DRAFTS = ("auto", "mtp", "ngram", "none")
-CALL = "another call, or one whose on_event has not returned,"  # in words for EngineError
 
 
 class LanguageModel:
@@ -60,45 +56,22 @@ class LanguageModel:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.limits, self.draft = limits or Limits(), draft
         self.sampling = sampling
-        self._wheel, self._driver = threading.Lock(), ""
-        self._abandoned: deque[Answer] = deque()  # of streams closed while someone else drove
+        # Holds none of this object: its memory is free as soon as nobody holds it.
+        self.driver = Driver(partial(_made_engine, self.model, tokenizer, self.limits, draft))
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """Made when it is first needed: it takes memory for its cache."""
-        draft_model = self.draft.model if isinstance(self.draft, LanguageModel) else None
-        engine = Engine(self.model, self.limits, draft_model=draft_model)
-        drafter = self._drafter(engine)
-        if drafter is not None:
-            engine.drafter = drafter
-        if self.limits.prefix_folder is not None:
-            words = "" if self.tokenizer is None else self.tokenizer.fingerprint
-            engine.keep_on_disk(f"{words} mtp={self.drafting == 'mtp'}")
-        return engine
+        return self.driver.engine
 
     @property
     def drafting(self) -> str:
         """How next tokens are guessed: "mtp", "ngram", "model" or "none"."""
-        if isinstance(self.draft, LanguageModel):
-            return "model"
-        if self.draft == "auto":
-            return "mtp" if self.config.num_nextn_predict_layers > 0 else "none"
-        return self.draft
-
-    def _drafter(self, engine: Engine) -> Drafter | None:
-        match self.drafting:
-            case "mtp":
-                return MTPDrafter(self.model, engine.cache)
-            case "model":
-                [cache] = engine.cache.beside
-                return ModelDrafter(engine.models[1], cache)
-            case "ngram":
-                return NgramDrafter()
-        return None
+        return _drafting(self.draft, self.config)
 
     def describe(self) -> str:
         """One line for people: the cache, what it holds, and how next tokens are guessed."""
@@ -161,9 +134,9 @@ class LanguageModel:
             for row, prompt in enumerate(prompts)
         ]
         completions = []
-        for told in self._answered(groups):
+        for told in self.driver.answers(groups):
             if best_of is not None:
-                told.sort(key=lambda one: -sum(one.logprobs) / max(1, len(one.logprobs)))
+                told.sort(key=_worth, reverse=True)
             completions += told[:n]
         return completions
 
@@ -209,7 +182,7 @@ class LanguageModel:
             allow_calls=allow_calls,
             **sampling,
         )
-        [[message]] = self._answered([asked], on_event)
+        [[message]] = self.driver.answers([asked], on_event)
         return message
 
     def stream(
@@ -227,96 +200,7 @@ class LanguageModel:
         whoever drives the engine at that moment is done. The engine goes on only while some
         iterator is asked for more."""
         request = _request(priority, deadline, namespace, keep_experts)
-        return self._stream(prepare_chat(self, messages, request, **options))
-
-    def _stream(self, asked: Asked[Message]) -> Generator[Event, None, Message]:
-        heard: deque[Event] = deque()
-        with self.driving(CALL):
-            [sequence] = self.engine.submit(asked.request)
-        try:
-            [answering] = asked.follow([sequence], [heard.append])
-            while sequence.finish_reason is None:
-                with self.driving(CALL):
-                    self.engine.step()
-                while heard:
-                    yield heard.popleft()
-        finally:
-            if sequence.finish_reason is None:
-                self._abandoned.append(sequence)
-                self._cancel_abandoned()
-        try:
-            return asked.told(sequence, answering)
-        finally:  # what was held back until the end
-            yield from heard
-
-    # -- driving the engine -----------------------------------------------------------------
-
-    def _answered(
-        self, groups: Sequence[Asked[T]], on_event: OnEvent | None = None
-    ) -> list[list[T]]:
-        """What is told of the answers to each request; stopped midway, they are cancelled."""
-        with self.driving(CALL):
-            under_way = []
-            ours: list[Answer] = []
-            try:
-                for asked in groups:
-                    sequences = self.engine.submit(asked.request)
-                    ours += sequences
-                    listeners = [on_event] * len(sequences)
-                    under_way.append((asked, sequences, asked.follow(sequences, listeners)))
-                while any(sequence.finish_reason is None for sequence in ours):
-                    self._let_go()
-                    self.engine.step()
-            except BaseException:
-                for sequence in ours:
-                    self.engine.cancel(sequence)
-                raise
-        lone = len(ours) == 1
-        return [
-            [self._told(asked, *pair, lone) for pair in zip(sequences, answerings, strict=True)]
-            for asked, sequences, answerings in under_way
-        ]
-
-    @staticmethod
-    def _told(asked: Asked[T], sequence: Answer, answering: Answering | None, lone: bool) -> Any:
-        """One failed answer among several takes none of the others away."""
-        try:
-            return asked.told(sequence, answering)
-        except RequestError:
-            if lone:
-                raise
-            return failed(sequence)  # several are only asked for as completions
-
-    @contextmanager
-    def driving(self, who: str) -> Iterator[None]:
-        """Whoever submits to the engine or steps it does so in here, and alone. EngineError, saying
-        who it is, if somebody else does at this moment."""
-        if not self._wheel.acquire(blocking=False):
-            raise EngineError(
-                f"{self._driver or 'someone else'} drives this model's engine: ask through it, or "
-                "wait until it is done; a server of many clients asks through a RunningEngine"
-            )
-        self._driver = who
-        try:
-            self._let_go()
-            yield
-        finally:
-            self._driver = ""
-            self._wheel.release()
-            self._cancel_abandoned()
-
-    def _let_go(self) -> None:
-        """Cancel the answers of streams that were closed: for whoever drives."""
-        while self._abandoned:
-            self.engine.cancel(self._abandoned.popleft())
-
-    def _cancel_abandoned(self) -> None:
-        """The same for whoever does not, unless someone does: he looks again when he is done."""
-        while self._abandoned and self._wheel.acquire(blocking=False):
-            try:
-                self._let_go()
-            finally:
-                self._wheel.release()
+        return self.driver.stream(prepare_chat(self, messages, request, **options))
 
     # -- what it is made of -----------------------------------------------------------------
 
@@ -362,6 +246,41 @@ def _request(
         "namespace": namespace,
         "keep_experts": keep_experts,
     }
+
+
+def _worth(one: Completion) -> tuple[bool, float]:
+    """By mean log-probability, behind all others what failed or was ended from outside: of an
+    answer of no tokens the mean would be the best."""
+    whole = one.finish_reason in ("stop", "length")
+    return whole, sum(one.logprobs) / max(1, len(one.logprobs))
+
+
+def _drafting(draft: str | LanguageModel, config: ModelConfig) -> str:
+    if isinstance(draft, LanguageModel):
+        return "model"
+    if draft == "auto":
+        return "mtp" if config.num_nextn_predict_layers > 0 else "none"
+    return draft
+
+
+def _made_engine(
+    model: Transformer, tokenizer: Tokenizer | None, limits: Limits, draft: str | LanguageModel
+) -> Engine:
+    draft_model = draft.model if isinstance(draft, LanguageModel) else None
+    engine = Engine(model, limits, draft_model=draft_model)
+    drafting = _drafting(draft, model.config)
+    match drafting:
+        case "mtp":
+            engine.drafter = MTPDrafter(model, engine.cache)
+        case "model":
+            [cache] = engine.cache.beside
+            engine.drafter = ModelDrafter(engine.models[1], cache)
+        case "ngram":
+            engine.drafter = NgramDrafter()
+    if limits.prefix_folder is not None:
+        words = "" if tokenizer is None else tokenizer.fingerprint
+        engine.keep_on_disk(f"{words} mtp={drafting == 'mtp'}")
+    return engine
 
 
 def _check_draft_model(

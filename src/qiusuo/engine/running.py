@@ -26,8 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from qiusuo.data.chat_template import Message as GivenMessage
-from qiusuo.engine.answer_handle import AnswerHandle, Stream
+from qiusuo.engine.answer_handle import AnswerHandle, Bell, Stream
 from qiusuo.engine.asking import Asked, Completion, Message, T, prepare_chat, prepare_text
+from qiusuo.engine.driving import begin
 from qiusuo.engine.engine_thread import EngineThread
 from qiusuo.engine.language_model import LanguageModel
 from qiusuo.engine.report import Statistics
@@ -56,6 +57,7 @@ class RunningEngine:
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self._lifecycle = threading.Lock()
+        self._bell = Bell()
         self._thread: EngineThread | None = None
         self._driving = ExitStack()
         self._streams: dict[Answer, Stream[Any]] = {}  # the engine's thread's
@@ -67,10 +69,10 @@ class RunningEngine:
         with self._lifecycle, ExitStack() as driving:
             if self._thread is not None:
                 raise EngineError("this RunningEngine was started already")
-            driving.enter_context(self.lm.driving("a RunningEngine"))
+            driving.enter_context(self.lm.driver.driving("a RunningEngine"))
             if not self.lm.engine.idle:
                 raise EngineError("answers of this model are under way: end or close them first")
-            self._thread = EngineThread(self.lm.engine, self._ended, self._end_all)
+            self._thread = EngineThread(self.lm.engine, self._ended, self._end_all, self._bell.ring)
             self._driving = driving.pop_all()
 
     def stop(self) -> None:
@@ -138,7 +140,7 @@ class RunningEngine:
 
     async def ask(self, asked: Asked[T]) -> list[AnswerHandle[T]]:
         thread = self._running()
-        streams: list[Stream[T]] = [Stream(asked) for _ in range(asked.request.n)]
+        streams: list[Stream[T]] = [Stream(asked, self._bell) for _ in range(asked.request.n)]
         handles = [
             AnswerHandle(thread, stream, partial(self._cancel, stream)) for stream in streams
         ]
@@ -190,14 +192,8 @@ class RunningEngine:
     # -- in the engine's thread -------------------------------------------------------------
 
     def _submit(self, asked: Asked[T], streams: list[Stream[T]]) -> None:
-        sequences = self.lm.engine.submit(asked.request)
-        try:
-            answerings = asked.follow(sequences, [stream.outlet.put for stream in streams])
-        except BaseException:
-            for sequence in sequences:
-                self.lm.engine.cancel(sequence)
-            raise
-        for stream, sequence, answering in zip(streams, sequences, answerings, strict=True):
+        begun = begin(self.lm.engine, asked, [stream.outlet.put for stream in streams])
+        for stream, (sequence, answering) in zip(streams, begun, strict=True):
             stream.begin(sequence, answering)
             self._streams[sequence] = stream
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qiusuo.server.api.errors import ApiError
+from qiusuo.server.api.errors import ApiError, answer
 from qiusuo.server.metrics import Metrics
 
 POLICY = (
@@ -35,7 +35,7 @@ class Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        taken = 0
+        taken, begun = 0, False
 
         async def bounded() -> Message:
             nonlocal taken
@@ -46,7 +46,9 @@ class Bounds:
             return message
 
         async def guarded(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -55,11 +57,15 @@ class Bounds:
                 self.metrics.request(path, message["status"])
             await send(message)
 
-        if self._declared(scope) > self.most_body:
-            response = JSONResponse(ApiError(413, self._refusal).body, status_code=413)
+        try:
+            if self._declared(scope) > self.most_body:
+                raise ApiError(413, self._refusal)
+            await self.app(scope, bounded, guarded)
+        except Exception as error:  # what no route foresaw: it has headers and is counted, too
+            if begun:
+                raise
+            response = await answer(Request(scope), error)
             await response(scope, receive, guarded)
-            return
-        await self.app(scope, bounded, guarded)
 
     @property
     def _refusal(self) -> str:

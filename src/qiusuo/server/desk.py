@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from functools import partial
 from typing import Any, cast
 
@@ -49,7 +50,8 @@ class Desk:
         self.jobs: dict[str, Job] = {}
         self.closing = False
         self._settling: dict[str, asyncio.Task[None]] = {}
-        self._owed: dict[str, Used] = {}  # not booked yet, by request id
+        self._owed: dict[str, Used] = {}  # what could not be booked, by request id
+        self._begun: Counter[str] = Counter()  # questions that are no jobs yet, by model
 
     async def ask(
         self,
@@ -64,8 +66,23 @@ class Desk:
             raise ApiError(503, "the server is shutting down")
         request_id = request_id or new_request_id()
         model = self._model(caller, question.model)
-        if sum(job.model is model for job in self.jobs.values()) >= self.settings.most_waiting:
+        under_way = sum(job.model is model for job in self.jobs.values())
+        if under_way + self._begun[model.name] >= self.settings.most_waiting:
             raise ApiError(503, f"{model.name} has too many requests waiting; try again later")
+        self._begun[model.name] += 1
+        try:
+            return await self._begin(caller, question, model, request_id, endpoint)
+        finally:
+            self._begun[model.name] -= 1
+
+    async def _begin(
+        self,
+        caller: Caller,
+        question: ChatQuestion | TextQuestion,
+        model: ServedModel,
+        request_id: str,
+        endpoint: str,
+    ) -> Job:
         asked = await self._prepared(caller, model, question)
         prompt_tokens, most_output = len(asked.request.prompt), _most_output(model, asked)
         price = self.prices.price(model.name)
@@ -91,9 +108,9 @@ class Desk:
 
     def _model(self, caller: Caller, name: str) -> ServedModel:
         model = self.registry.get(name)
-        allowed = None if caller.key is None else caller.key.models
-        if allowed is not None and model.name not in allowed:
-            raise ApiError(400, f"this key may not use {model.name}; it may: {', '.join(allowed)}")
+        if caller.key is not None and not caller.may_use(model.name):
+            allowed = ", ".join(caller.key.models or ())
+            raise ApiError(400, f"this key may not use {model.name}; it may: {allowed}")
         return model
 
     async def _prepared(
@@ -180,11 +197,8 @@ class Desk:
                 await asyncio.to_thread(self.ledger.refund, job.request_id)
                 job.cost = 0
             else:
-                self._owed[job.request_id] = used
                 job.cost = await self._book(job.request_id, used)
-                self.metrics.used(used)
-                for request_id, earlier in list(self._owed.items()):
-                    await self._book(request_id, earlier)
+                await self._book_owed()
         except Exception:
             log.exception("request %s could not be settled", job.request_id)
             raise
@@ -193,24 +207,39 @@ class Desk:
             self._settling.pop(job.request_id, None)
 
     async def _book(self, request_id: str, used: Used) -> int:
-        """Settle. What fails, on a full disk say, stays owed and is tried again with the next; it
-        is done once, however often."""
-        settled = await asyncio.to_thread(self.ledger.settle, request_id, used)
+        """Settle, once however often. What fails, on a full disk say, is owed from then on."""
+        try:
+            settled = await asyncio.to_thread(self.ledger.settle, request_id, used)
+        except Exception:
+            self._owed[request_id] = used
+            raise
         self._owed.pop(request_id, None)
+        self.metrics.used(used)
         return settled.amount
 
+    async def _book_owed(self) -> None:
+        """What another request owes is tried again, and is no fault of this one."""
+        for request_id in list(self._owed):
+            used = self._owed.pop(request_id, None)
+            if used is None:  # another request has just seen to it
+                continue
+            try:
+                await self._book(request_id, used)
+            except Exception:
+                log.exception("request %s is still owed", request_id)
+
     async def drain(self, seconds: float) -> None:
-        """Take no more questions; let those under way end, and after so long end them."""
+        """Take no more questions; let those under way end, and after so long end and settle them,
+        whether or not their clients go on reading."""
         self.closing = True
         until = time.monotonic() + seconds
         while self.jobs and time.monotonic() < until:
             await asyncio.sleep(0.05)
         for job in list(self.jobs.values()):
-            job.stop()
-        while self._settling or self.jobs:
-            await asyncio.sleep(0.02)
-        for request_id, used in list(self._owed.items()):
-            await self._book(request_id, used)
+            self._settle_once(job)
+        while self._settling:
+            await asyncio.wait(self._settling.values())
+        await self._book_owed()
 
 
 def new_request_id() -> str:

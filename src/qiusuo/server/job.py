@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, cast
 
@@ -74,6 +75,19 @@ class Job:
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(which answer, event) of all as they come. Ends when all have ended; an error of one is
         raised by ``results``."""
+        last: float | None = None
+        async with aclosing(self._alone() if self.n == 1 else self._together()) as events:
+            async for choice, event in events:
+                last = self._clock(last)
+                yield choice, event
+
+    async def _alone(self) -> AsyncGenerator[tuple[int, Event]]:
+        [handle] = self._handles
+        with suppress(RequestError, EngineError):
+            async for event in handle:
+                yield 0, event
+
+    async def _together(self) -> AsyncGenerator[tuple[int, Event]]:
         queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
 
         async def read(choice: int, handle: AnswerHandle[Any]) -> None:
@@ -86,25 +100,27 @@ class Job:
                 queue.put_nowait((choice, None))
 
         tasks = [asyncio.create_task(read(i, one)) for i, one in enumerate(self._handles)]
-        last: float | None = None
         try:
             left = len(tasks)
             while left:
                 choice, event = await queue.get()
                 if event is None:
                     left -= 1
-                    continue
-                now = time.monotonic()
-                if self.first_token_seconds is None:
-                    self.first_token_seconds = now - self._began
-                    self._metrics.first_token(self.model.name, self.first_token_seconds)
-                elif last is not None and self.n == 1:
-                    self._metrics.between_tokens(self.model.name, now - last)
-                last = now
-                yield choice, event
+                else:
+                    yield choice, event
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _clock(self, last: float | None) -> float:
+        """Notes how long an event was waited for; the time now."""
+        now = time.monotonic()
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now - self._began
+            self._metrics.first_token(self.model.name, self.first_token_seconds)
+        elif last is not None and self.n == 1:
+            self._metrics.between_tokens(self.model.name, now - last)
+        return now
 
     async def results(self) -> list[Result]:
         """All answers, in order. ApiError where one of them failed in the engine."""

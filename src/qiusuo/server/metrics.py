@@ -7,11 +7,14 @@ for, not kept up to date in between.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from qiusuo.engine.request import EngineError
 
 if TYPE_CHECKING:
     from qiusuo.server.ledger import Used
@@ -79,6 +82,7 @@ class _Engines(Collector):
         gauges = {
             name: GaugeMetricFamily(f"qiusuo_engine_{name}", text, labels=["model"])
             for name, text in (
+                ("up", "1, or 0 where the engine has failed"),
                 ("running", "Answers being written"),
                 ("waiting", "Requests in the queue"),
                 ("cache_tokens_used", "Tokens in pages that someone holds"),
@@ -86,7 +90,10 @@ class _Engines(Collector):
             )
         }
         for model in list(self.metrics.models.values()):
-            load = model.engine.load()
-            for name, gauge in gauges.items():
-                gauge.add_metric([model.name], float(getattr(load, name)))
+            try:
+                load = asdict(model.engine.load()) | {"up": 1}
+            except EngineError:  # it is the failure that one wants to hear of
+                load = {"up": 0}
+            for name in gauges.keys() & load.keys():
+                gauges[name].add_metric([model.name], float(load[name]))
         yield from gauges.values()

@@ -11,8 +11,7 @@ from qiusuo.server.keys import Key
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. ``key`` is None where no key was ever made and the caller sits at this machine.
-    Beginnings are shared in the cache within a ``namespace`` only."""
+    """Who asks. ``key`` is None where no key was ever made and the caller sits at this machine."""
 
     key: Key | None
     account: str
@@ -21,8 +20,13 @@ class Caller:
     def admin(self) -> bool:
         return self.key is None or self.key.admin
 
+    def may_use(self, model: str) -> bool:
+        """Whether this caller's key is for that model too."""
+        return self.key is None or self.key.models is None or model in self.key.models
+
     def namespace(self, user: str | None) -> str:
-        """``user``: the caller's own name for whom it asks; its people do not share either."""
+        """Within which beginnings are shared in the cache. ``user``: the caller's own name for
+        whom it asks; its people do not share either."""
         owner = "" if self.key is None else self.key.id
         return f"{owner}/{user or ''}"
 

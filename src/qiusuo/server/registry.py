@@ -116,10 +116,15 @@ class Registry:
             async with self._order:
                 served = await asyncio.to_thread(self._open, coming, progress)
                 await asyncio.to_thread(served.engine.start)
-        except REFUSALS as error:
-            coming.error = str(error)
-            log.warning("%s cannot be served: %s", name, error)
-            raise ApiError(400, f"{coming.source} cannot be served: {error}") from error
+        except Exception as error:  # whatever it is, the name must not be on its way for ever
+            coming.error = str(error) or type(error).__name__
+            log.warning(
+                "%s cannot be served: %s",
+                name,
+                coming.error,
+                exc_info=None if isinstance(error, REFUSALS) else error,
+            )
+            raise ApiError(400, f"{coming.source} cannot be served: {coming.error}") from error
         self.models[name] = served
         del self.loading[name]
         log.info("%s is served; %s", name, served.lm.describe())
@@ -156,11 +161,16 @@ class Registry:
         return _served(coming.name, lm, coming.source)
 
 
+def run_of(source: str) -> Path | None:
+    """The folder of the run whose model this is; None for one that is no run's."""
+    path = Path(source)
+    run = path.parent if path.name == "model" else path
+    return run if source and (run / "recipe.toml").is_file() else None
+
+
 def plain_name(source: str) -> str:
     """The last word of a path or a reference."""
-    path = Path(source)
-    if path.name == "model" and (path.parent / "recipe.toml").is_file():
-        path = path.parent
+    path = run_of(source) or Path(source)
     return (path.resolve().name if path.exists() else path.name).removesuffix(".gguf")
 
 
@@ -183,9 +193,8 @@ def _served(name: str, lm: LanguageModel, source: str) -> ServedModel:
 def _only_read(source: str) -> bool:
     """Whether it is the model of a run that was pre-trained and nothing else: it has a template
     for the stages to come, and knows no conversations."""
-    path = Path(source)
-    run = path.parent if path.name == "model" else path
-    if not (run / "recipe.toml").is_file():
+    run = run_of(source)
+    if run is None:
         return False
     stages = read_recipe(run).get("stages", [])
     return all(stage.get("kind", stage.get("name")) == "pretrain" for stage in stages)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import uvicorn
+import uvloop
 from rich.console import Console
 
 from qiusuo.checkpoint.open import find_model
@@ -27,7 +28,7 @@ class Server(uvicorn.Server):
     a proper last word. Meanwhile it listens on: new questions and /health are told 503, and the
     page can still keep what it got. A second Ctrl-C ends at once."""
 
-    def __init__(self, house: House, **options: object) -> None:
+    def __init__(self, house: House) -> None:
         self.house = house
         settings = house.settings
         super().__init__(
@@ -38,7 +39,6 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 timeout_graceful_shutdown=10,  # for last bytes: shutdown() has waited for answers
-                **options,  # type: ignore[arg-type]
             )
         )
 
@@ -70,7 +70,7 @@ def serve(settings: Settings, models: Sequence[str], names: Sequence[str] = ()) 
     check_bind(settings, house.keys.any())
     # Ctrl-C is raised anew once all has ended.
     with bound(settings) as listening, suppress(KeyboardInterrupt):
-        asyncio.run(_run(house, listening, models, names, console))
+        uvloop.run(_run(house, listening, models, names, console))
 
 
 def bound(settings: Settings) -> socket.socket:

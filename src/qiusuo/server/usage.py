@@ -23,6 +23,7 @@ from qiusuo.server.windows import zone
 
 By = Literal["day", "model", "key"]
 LONGEST_DAYS = 3700  # of one report: ten years
+YEARS = range(1900, 9999)  # whose days have a midnight everywhere, and a day after them
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
@@ -191,6 +192,11 @@ class _Chosen:
     zone: tzinfo | None  # None: the machine's own
     account: str | None
     key: str | None
+
+    def __post_init__(self) -> None:
+        for day in (self.first, self.last):
+            if day is not None and day.year not in YEARS:
+                raise UsageError(f"{day}: name a day of the years {YEARS[0]} to {YEARS[-1]}")
 
     def parameters(self) -> dict[str, object]:
         after_last = None if self.last is None else self.last + timedelta(days=1)

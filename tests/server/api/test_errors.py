@@ -122,6 +122,25 @@ def test_500_tells_nothing_of_the_inside(place: Place) -> None:
     assert response.status_code == 500
     assert "secret" not in response.text
     assert response.json()["error"]["type"] == "internal_error"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    counted = place.get("/metrics").text
+    assert 'qiusuo_requests_total{path="/broken",status="500"} 1.0' in counted
+
+
+@pytest.mark.parametrize("headers", [{"host": "["}, {"origin": "http://["}], ids=str)
+def test_403_for_what_is_no_address(place: Place, headers: dict) -> None:
+    for response in (
+        place.get("/v1/models", **headers),
+        place.post("/anthropic/v1/messages", ASKED, **headers),
+    ):
+        assert response.status_code == 403
+        assert "message" in response.json()["error"]
+
+
+def test_413_has_the_shape_of_its_api(place: Place) -> None:
+    body = "x" * (place.house.settings.most_body + 1)
+    assert place.post(PATH, body).json()["error"]["type"] == "invalid_request_error"
+    assert place.post("/anthropic/v1/messages", body).json()["type"] == "error"
 
 
 def test_lone_surrogates_break_nothing(place: Place) -> None:

@@ -51,6 +51,14 @@ def test_whoever_sits_here_needs_no_money(place: Place) -> None:
     assert told(place.get("/user/balance"))["is_available"] is True
 
 
+def test_metrics_tell_of_an_engine_that_does_not_run(place: Place) -> None:
+    assert 'qiusuo_engine_up{model="talker"} 1.0' in place.get("/metrics").text
+    place.house.registry.get("talker").engine.stop()
+    metrics = place.get("/metrics").text
+    assert 'qiusuo_engine_up{model="talker"} 0.0' in metrics
+    assert 'qiusuo_engine_running{model="talker"}' not in metrics
+
+
 def test_health_needs_no_key(place: Place) -> None:
     key(place)
     assert told(place.get("/health")) == {"status": "ok", "models": ["talker"], "loading": []}

@@ -9,9 +9,10 @@ import pytest
 from qiusuo.engine.answer_events import Event, Flaw, Kind
 from qiusuo.engine.asking import Usage
 from qiusuo.server.api.errors import ApiError
-from qiusuo.server.api.responses_events import CUT_OFF, ResponseEvents, named_frame
+from qiusuo.server.api.responses_events import CUT_OFF, ResponseEvents
 from qiusuo.server.api.responses_items import sealed, unsealed
 from qiusuo.server.api.responses_request import ResponsesRequest
+from qiusuo.server.api.streaming import named_frame
 from tests.server.api import recipe
 from tests.server.api.talkers import WEATHER
 from tests.server.api.test_chat_chunks import NONE, ONE, PARIS, call, content, thought

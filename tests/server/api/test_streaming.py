@@ -243,3 +243,77 @@ def test_what_is_counted_is_counted_once(place: Place) -> None:
     line = 'qiusuo_tokens_total{kind="output",model="talker"} '
     [value] = [one.removeprefix(line) for one in counted.splitlines() if one.startswith(line)]
     assert float(value) == tokens["completion_tokens"]
+
+
+def test_no_more_are_let_in_than_may_wait_however_they_come(settings) -> None:
+    house = House.open(dataclasses.replace(settings, most_waiting=2))
+    house.registry.adopt("talker", talker())
+    place = Place(house)
+    gate = gate_of(place)
+
+    async def main() -> None:
+        clients = [Raw(place, {"messages": HELLO, "stream": True}) for _ in range(5)]
+        refused = [one for one in clients if one.status == 503]
+        while len(refused) < 3:  # the other two are at the gate
+            await asyncio.sleep(0.001)
+            refused = [one for one in clients if one.status == 503]
+        gate.open()
+        await asyncio.gather(*(one.task for one in clients))
+        assert sorted(one.status for one in clients) == [200, 200, 503, 503, 503]
+        late = Raw(place, {"messages": HELLO})
+        await late.task
+        assert late.status == 200
+
+    try:
+        run(main)
+    finally:
+        asyncio.run(house.close())
+
+
+def test_who_reads_no_further_is_settled_when_the_server_ends(place: Place) -> None:
+    gate = gate_of(place)
+
+    async def main() -> None:
+        client = Raw(place, {"messages": HELLO, "stream": True, "ignore_eos": True})
+        await gate.steps(4)
+        await client.until(lambda: b"data: " in client.body)
+        async with client._changed:  # it takes nothing more
+            gate.open()
+            await place.house.desk.drain(0.0)
+            assert [row["finish"] for row in usage_rows(place)] == ["cancelled"]
+        client.leave()
+        await client.task
+        assert client.status == 200
+
+    run(main)
+    assert_free(place)
+    place.house.ledger.check()
+
+
+def test_what_could_not_be_booked_is_booked_later_and_is_no_fault_of_others(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, seen = place.house.ledger, []
+    settle = ledger.settle
+
+    def fail_for_the_first(request, used):
+        seen.append(request)
+        if broken and request == seen[0]:
+            raise OSError("no space left")
+        return settle(request, used)
+
+    monkeypatch.setattr(ledger, "settle", fail_for_the_first)
+    broken = True
+    assert place.chat(HELLO).status_code == 500
+    assert usage_rows(place) == []
+    assert place.chat(HELLO).status_code == 200
+    assert [row["request"] for row in usage_rows(place)] == [seen[-2]]
+    broken = False
+    assert place.chat(HELLO).status_code == 200
+    rows = usage_rows(place)
+    assert len(rows) == 3
+    assert seen[0] in {row["request"] for row in rows}
+    counted = place.get("/metrics").text
+    line = 'qiusuo_tokens_total{kind="output",model="talker"} '
+    [value] = [one.removeprefix(line) for one in counted.splitlines() if one.startswith(line)]
+    assert float(value) == sum(row["output"] for row in rows)

@@ -172,7 +172,9 @@ def test_a_damaged_run_hides_no_other(page: Served, settings: Settings) -> None:
     assert ok(page.client.get("/api/runs/bad/records"))["records"] == [{"kind": "step", "step": 7}]
 
 
-@pytest.mark.parametrize("name", ["..", "%2e%2e", ".", "a%2Fb", "%2Fetc", ".hidden", "%00", "no"])
+@pytest.mark.parametrize(
+    "name", ["..", "%2e%2e", ".", "a%2Fb", "%2Fetc", ".hidden", "%00", "no", "n" * 300]
+)
 def test_a_name_does_not_leave_the_folder(page: Served, settings: Settings, name: str) -> None:
     make_run(settings.runs / ".hidden", steps=5)
     make_run(settings.runs.parent / "outside", steps=5)

@@ -422,3 +422,8 @@ def test_from_a_recipe_to_a_model_that_talks(place, visit):
     models = httpx.get(f"{place.address}/api/models").json()
     assert [model["id"] for model in models] == ["whole"]
     assert page.get_by_text("whole", exact=True).first.is_visible()
+
+
+def test_a_stray_percent_in_the_address_does_no_harm(place: Site, visit) -> None:
+    page = visit(f"{place.address}/studio/100%")
+    page.get_by_role("alert").filter(has_text="100%").wait_for()

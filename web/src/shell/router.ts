@@ -8,8 +8,17 @@ export interface Place {
   id: string | null;
 }
 
+/** A stray % is itself: whatever an address says, the page comes up. */
+function decoded(word: string): string {
+  try {
+    return decodeURIComponent(word);
+  } catch {
+    return word;
+  }
+}
+
 function read(): Place {
-  const [, area, ...rest] = location.pathname.split("/").map(decodeURIComponent);
+  const [, area, ...rest] = location.pathname.split("/").map(decoded);
   const query = new URLSearchParams(location.search);
   if (area === "studio") return { area, id: rest.join("/") || null };
   if (area === "console") return { area, id: query.get("s") };

@@ -16,8 +16,7 @@ from qiusuo.server.api.anthropic_events import MessageEvents, Told, stop_sequenc
 from qiusuo.server.api.anthropic_request import CountRequest, MessagesRequest
 from qiusuo.server.api.auth import CallerDep, HouseDep
 from qiusuo.server.api.errors import failed_answer
-from qiusuo.server.api.responses_events import named_frame
-from qiusuo.server.api.streaming import KEEP_ALIVE, EventStream, PatientJSON
+from qiusuo.server.api.streaming import KEEP_ALIVE, EventStream, PatientJSON, named_frame
 from qiusuo.server.house import House
 from qiusuo.server.job import Job
 from qiusuo.server.question import Caller
@@ -70,8 +69,7 @@ def _name(house: House, caller: Caller, name: str) -> str:
     known = (*house.registry.models, *house.registry.loading)
     if not name.startswith(THEIR_NAMES) or name in known:
         return name
-    allowed = None if caller.key is None else caller.key.models
-    return next((one for one in known if allowed is None or one in allowed), name)
+    return next(filter(caller.may_use, known), name)
 
 
 class PingedStream(EventStream):

@@ -14,8 +14,7 @@ from pydantic import Discriminator, Tag
 
 from qiusuo.server.api.chat_messages import PART_END, GivenCall, GivenFunction, GivenMessage
 from qiusuo.server.api.errors import ApiError
-from qiusuo.server.api.fields import Body
-from qiusuo.server.api.responses_items import text_or_list
+from qiusuo.server.api.fields import Body, text_or_list
 
 FAILED = "Error: "  # before the result of a tool that failed: templates have no sign for it
 

@@ -20,8 +20,7 @@ from qiusuo.server.api.chat_request import (
     Tool,
 )
 from qiusuo.server.api.errors import ApiError, misfit
-from qiusuo.server.api.fields import Body, Count, Number
-from qiusuo.server.api.responses_items import sayable
+from qiusuo.server.api.fields import Body, Count, Number, sayable
 
 
 class NoThreadsError(ApiError):

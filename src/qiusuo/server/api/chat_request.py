@@ -138,7 +138,7 @@ def _tools(tools: Sequence[Tool], choice: str | NamedTool | None) -> dict[str, A
     """``none`` takes the tools out of the prompt too: a model that sees them calls them."""
     names = [tool.function.name for tool in tools]
     for place, name in enumerate(names):
-        if not TOOL_NAME.match(name):
+        if not TOOL_NAME.fullmatch(name):
             raise ApiError(
                 400,
                 f"Invalid 'tools[{place}].function.name': string does not match pattern. Expected "

@@ -119,16 +119,17 @@ def failed_answer(error: Exception) -> ApiError:
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Let ``app`` answer every exception with a body its clients can read."""
-    for kind in (ApiError, RequestValidationError, HTTPException, EngineError, DataError):
-        app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(RequestError, _answer)
-    app.add_exception_handler(Exception, _answer)
+    """Let ``app`` answer what was foreseen with a body its clients can read; the rest does
+    ``Bounds``."""
+    kinds = (ApiError, RequestValidationError, HTTPException, EngineError, DataError, RequestError)
+    for kind in kinds:
+        app.add_exception_handler(kind, answer)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+async def answer(request: Request, error: Exception) -> JSONResponse:
+    """In the shape that belongs to the request's path."""
     told = as_api_error(error)
-    anthropic = request.url.path.startswith("/anthropic")
+    anthropic = request.scope["path"].startswith("/anthropic")
     body = told.anthropic_body if anthropic else told.body
     headers = dict(getattr(error, "headers", None) or {})
     return JSONResponse(body, status_code=told.status, headers=headers)

@@ -7,6 +7,7 @@ status, in the words that clients have seen from DeepSeek.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -24,6 +25,25 @@ MOST_USER_BYTES = 512
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
+
+
+def text_or_list(value: object) -> str:
+    """The tag of what is one text or a list of parts."""
+    return "(text)" if isinstance(value, str) else "(list)"
+
+
+def sayable(body: Any) -> Any:
+    """ValueError for what a JSON parser lets in and no answer could repeat: NaN, half of a
+    character."""
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("there is text in it that is not valid Unicode") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError:
+        raise ValueError("there is a number in it that JSON has not: NaN or Infinity") from None
+    return body
 
 
 class StreamOptions(Body):

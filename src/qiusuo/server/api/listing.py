@@ -18,20 +18,15 @@ router = APIRouter(tags=["listing"])
 @router.get("/models")
 async def models(house: HouseDep, caller: CallerDep) -> dict[str, Any]:
     """The models that this key may use, in OpenAI's shape."""
-    allowed = None if caller.key is None else caller.key.models
-    listed = [
-        _model(model)
-        for model in house.registry.models.values()
-        if allowed is None or model.name in allowed
-    ]
+    served = house.registry.models.values()
+    listed = [_model(model) for model in served if caller.may_use(model.name)]
     return {"object": "list", "data": listed}
 
 
 @router.get("/models/{name:path}")
 async def model(name: str, house: HouseDep, caller: CallerDep) -> dict[str, Any]:
-    allowed = None if caller.key is None else caller.key.models
     served = house.registry.models.get(name)
-    if served is None or (allowed is not None and name not in allowed):
+    if served is None or not caller.may_use(name):
         raise ApiError(404, f"Model Not Exist: {name!r}")
     return _model(served)
 

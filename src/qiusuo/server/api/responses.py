@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from qiusuo.server.api.auth import CallerDep, HouseDep
 from qiusuo.server.api.errors import failed_answer
-from qiusuo.server.api.responses_events import ResponseEvents, Told, named_frame
+from qiusuo.server.api.responses_events import ResponseEvents, Told
 from qiusuo.server.api.responses_request import ResponsesRequest
-from qiusuo.server.api.streaming import EventStream, PatientJSON
+from qiusuo.server.api.streaming import EventStream, PatientJSON, named_frame
 from qiusuo.server.api.token_texts import token_texts
 from qiusuo.server.job import Job
 

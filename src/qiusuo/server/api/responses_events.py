@@ -18,16 +18,10 @@ from qiusuo.server.api.chat_chunks import call_id, finish_reason
 from qiusuo.server.api.errors import ApiError
 from qiusuo.server.api.responses_items import sealed
 from qiusuo.server.api.responses_request import ResponsesRequest
-from qiusuo.server.api.streaming import frame
 from qiusuo.server.api.token_texts import TokenTexts
 
 Told = dict[str, Any]
 CUT_OFF = "the server ended the answer before it was whole"
-
-
-def named_frame(event: Told) -> bytes:
-    """One server-sent event under the name of its type."""
-    return f"event: {event['type']}\n".encode() + frame(event)
 
 
 @dataclass

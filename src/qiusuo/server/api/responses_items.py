@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -17,28 +16,10 @@ from pydantic import Discriminator, Tag
 
 from qiusuo.server.api.chat_messages import PART_END, GivenCall, GivenFunction, GivenMessage
 from qiusuo.server.api.errors import ApiError, misfit
-from qiusuo.server.api.fields import Body
+from qiusuo.server.api.fields import Body, text_or_list
 
 SEAL = "qiusuo-1:"
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
-
-
-def text_or_list(value: object) -> str:
-    return "(text)" if isinstance(value, str) else "(list)"
-
-
-def sayable(body: Any) -> Any:
-    """ValueError for what a JSON parser lets in and no answer could repeat: NaN, half of a
-    character."""
-    try:
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("there is text in it that is not valid Unicode") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError:
-        raise ValueError("there is a number in it that JSON has not: NaN or Infinity") from None
-    return body
 
 
 class Part(Body):

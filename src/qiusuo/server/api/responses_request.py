@@ -23,8 +23,8 @@ from qiusuo.server.api.chat_request import (
     Tool,
 )
 from qiusuo.server.api.errors import ApiError, misfit
-from qiusuo.server.api.fields import Body, Count, Number
-from qiusuo.server.api.responses_items import Input, ItemMessages, check_calls, sayable
+from qiusuo.server.api.fields import Body, Count, Number, sayable
+from qiusuo.server.api.responses_items import Input, ItemMessages, check_calls
 
 KEPT_ELSEWHERE = ("previous_response_id", "conversation", "prompt")
 LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"  # of `include`

@@ -40,6 +40,11 @@ def frame(value: Mapping[str, Any]) -> bytes:
     return f"data: {to_json(value)}\n\n".encode()
 
 
+def named_frame(value: Mapping[str, Any]) -> bytes:
+    """One event under the name of its type."""
+    return f"event: {value['type']}\n".encode() + frame(value)
+
+
 class EventStream(Response):
     """Server-sent events made while ``work`` (a job) is entered. ``events`` gives whole frames and
     turns errors into one: the status is sent before the first."""

@@ -20,7 +20,7 @@ from qiusuo.server.page.chats import Body, Name
 from qiusuo.server.page.parts import PartsDep
 from qiusuo.server.page.runs import Runs, is_plain, sample_prompts
 from qiusuo.server.prices import told_per_million
-from qiusuo.server.registry import OLD_NAMES, ServedModel
+from qiusuo.server.registry import OLD_NAMES, ServedModel, run_of
 from qiusuo.version import __version__
 
 MOST_EXAMPLES = 6
@@ -66,12 +66,11 @@ def me(caller: CallerDep, house: HouseDep) -> dict[str, Any]:
 @router.get("/models")
 def list_models(caller: CallerDep, house: HouseDep) -> list[dict[str, Any]]:
     """Those that this caller may use."""
-    allowed = None if caller.key is None else caller.key.models
     served = list(house.registry.models.values())
     return [
         _told(house, model, first=place == 0)
         for place, model in enumerate(served)
-        if allowed is None or model.name in allowed
+        if caller.may_use(model.name)
     ]
 
 
@@ -148,21 +147,17 @@ def _told(house: House, model: ServedModel, first: bool) -> dict[str, Any]:
 
 def examples(model: ServedModel) -> list[str]:
     """What to begin with: a run's own sample prompts, or what such a model can answer."""
-    path = Path(model.source or "/nowhere")
-    run = path.parent if path.name == "model" else path
-    if prompts := sample_prompts(read_recipe(run)):
+    run = run_of(model.source)
+    if run is not None and (prompts := sample_prompts(read_recipe(run))):
         return prompts[:MOST_EXAMPLES]
     if model.kind == "text":
         return []
     for word, known in EXAMPLES.items():
-        if word in f"{model.name} {path.name}".lower():
+        if word in f"{model.name} {Path(model.source).name}".lower():
             return list(known)
     return list(ANY_CHAT)
 
 
 def _balance(house: House, account: str) -> str | None:
-    try:
-        balance = house.ledger.balance(account)
-    except DataError:  # an account without any movement yet
-        return None
+    balance = house.ledger.balance(account)
     return None if balance.open else told(balance.total)

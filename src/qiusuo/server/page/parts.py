@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from qiusuo.server.api.auth import house as house_of
+from qiusuo.server.api.auth import house_of
 from qiusuo.server.page.conversations import Conversations
 from qiusuo.server.page.engines import Engines
 from qiusuo.server.page.live import Watches

@@ -21,6 +21,7 @@ from qiusuo.server.page.run_log import Glance, LogIndex, Record
 
 MOST_RUNS = 1000  # listed, the latest first
 MOST_INDEXES = 16  # logs whose places are kept in memory
+LONGEST_NAME = 200  # bytes; file systems take 255, and a console's name is a little longer
 CONSOLE_BYTES = 8 << 10  # of what a training printed last
 
 T = TypeVar("T")
@@ -122,12 +123,6 @@ class Runs:
         run = RunFolder.open(self.path(name), lock=False)
         return run.log_path, run.samples_path
 
-    def prompts(self, name: str) -> list[str]:
-        """What the run itself let its model write on."""
-        path = self.path(name)
-        with self._order:
-            return sample_prompts(self._kept(path / "recipe.toml", lambda: read_recipe(path)))
-
     # -- inside -----------------------------------------------------------------------------
 
     @staticmethod
@@ -175,7 +170,9 @@ class Runs:
 
 def is_plain(name: str) -> bool:
     """Whether this can name an entry of a folder, and nothing outside of it."""
-    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\0")
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        return False
+    return len(name.encode("utf-8", "replace")) <= LONGEST_NAME
 
 
 def console_of(path: Path) -> Path:

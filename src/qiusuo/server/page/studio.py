@@ -18,6 +18,7 @@ from qiusuo.server.page.chats import Body
 from qiusuo.server.page.live import HEADERS
 from qiusuo.server.page.parts import Parts, PartsDep
 from qiusuo.server.page.trainings import Setting
+from qiusuo.server.registry import run_of
 
 # A report holds what a model wrote: it may show its pictures and do nothing else.
 REPORT_POLICY = (
@@ -137,9 +138,8 @@ def _served(house: House) -> dict[Path, str]:
     """Which runs' models are served, by folder, and under which name."""
     found = {}
     for model in list(house.registry.models.values()):
-        path = Path(model.source)
-        if model.source:
-            run = path.parent if path.name == "model" else path
+        run = run_of(model.source)
+        if run is not None:
             found[run.resolve()] = model.name
     return found
 
