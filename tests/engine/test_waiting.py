@@ -107,3 +107,16 @@ def test_everyone_is_answered_and_rightly(asked, pages):
     run(engine)
     for one in answers:
         assert_as_expected(one, alone(MODEL, one.request))
+
+
+def test_new_namespaces_do_not_hold_a_request_back_for_ever():
+    engine = engine_of(pages=40, max_running=1)
+    engine.submit(Request(tokens(5), Sampling(max_tokens=60), namespace="old"))
+    engine.step()
+    [held] = engine.submit(Request(tokens(5), Sampling(max_tokens=1), namespace="old"))
+    passed = 0
+    while held.finish_reason is None:
+        passed += 1
+        engine.submit(Request(tokens(5), Sampling(max_tokens=1), namespace=f"new {passed}"))
+        engine.step()
+        assert passed < 400

@@ -18,6 +18,8 @@ from qiusuo.engine.paged_cache import PagedCache
 from qiusuo.engine.pages import PagePool, first_key, next_key
 from qiusuo.engine.request import Sequence
 
+PATIENCE = 256  # requests
+
 
 @dataclass(frozen=True)
 class Work:
@@ -92,15 +94,10 @@ class Scheduler:
         return tuple(sequence.drafts) if missing <= self.pool.available else ()
 
     def _admit(self) -> bool:
-        """Let the next one begin: by priority, then from the namespace that has least running. One
-        of lower priority gives way; others are not disturbed."""
+        """Let the next one begin. One of lower priority gives way; others are not disturbed."""
         if not self.waiting:
             return False
-        busy = Counter(sequence.request.namespace for sequence in self.running)
-        chosen = min(
-            self.waiting,
-            key=lambda s: (-s.request.priority, busy[s.request.namespace], s.arrival, s.choice),
-        )
+        chosen = self._next()
         while not self._fits(chosen):
             last = max(self.running, key=lambda s: s.rank, default=None)
             if last is None or last.request.priority >= chosen.request.priority:
@@ -112,6 +109,18 @@ class Scheduler:
         self.waiting.remove(chosen)
         self.running.append(chosen)
         return True
+
+    def _next(self) -> Sequence:
+        """By priority, then from the namespace that has least running; but whoever has seen
+        ``PATIENCE`` others arrive after it goes first, lest new namespaces pass it by for ever."""
+        busy = Counter(sequence.request.namespace for sequence in self.running)
+        late = max(sequence.arrival for sequence in self.waiting) - PATIENCE
+
+        def rank(sequence: Sequence) -> tuple[int, int, int, int]:
+            running = -1 if sequence.arrival < late else busy[sequence.request.namespace]
+            return -sequence.request.priority, running, sequence.arrival, sequence.choice
+
+        return min(self.waiting, key=rank)
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether there is a place and pages for all of its prompt, beside what those that run
