@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "checkpoint": {"model", "data"},
     "engine": {"model", "kernels", "checkpoint", "data"},
     "training": {"model", "kernels", "data", "checkpoint", "runs", "engine", "version"},
+    "tasks": set(),
     "server": {"model", "data", "checkpoint", "engine", "runs", "version"},
 }
 

@@ -28,6 +28,7 @@ from qiusuo.runs.folder import RunFolder, read_status
 from qiusuo.server.api.errors import ApiError
 from qiusuo.server.failure import ServerError
 from qiusuo.server.house import House
+from qiusuo.server.registry import in_daemon
 from qiusuo.server.serving import Server, address_of, bound
 from qiusuo.server.settings import Settings
 
@@ -41,6 +42,8 @@ def quickstart_with_page(path: Path, words: Sequence[str], settings: Settings) -
     if path.exists() and any(path.iterdir()):
         RunFolder.open(path, lock=False)  # refuses what is no run
     house = House.open(replace(settings, runs=path.parent))
+    for end in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the training is ended with us
+        signal.signal(end, signal.default_int_handler)
     with _listen(settings) as listening:
         console.print(f"[bold]Qiusuo[/bold]  {address_of(listening)}  (Ctrl-C stops)")
         child = None
@@ -116,7 +119,7 @@ async def _bring(
             await house.registry.add(path)
             console.print(f"{path.name} is there to write with: {address}", highlight=False)
     try:
-        folder = await asyncio.to_thread(pull_model, COMPANION)
+        folder = await in_daemon(pull_model, COMPANION)
         await house.registry.add(folder, COMPANION)
     except (DataError, CheckpointError, ApiError, OSError) as error:
         console.print(f"{COMPANION} is not here: {error}", markup=False)

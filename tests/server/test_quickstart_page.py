@@ -113,6 +113,14 @@ def test_stopped_while_it_trains_it_saves_and_goes_on(start):
     assert again.stop() == 130
 
 
+def test_ended_by_the_system_it_ends_the_training_too(start):
+    first = start(2000)
+    first.until(lambda: "step 1/" in first.words)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(PATIENCE) == 130
+    assert "Stopped and saved" in first.words
+
+
 def test_a_folder_that_is_no_run_is_refused_before_anything(tmp_path):
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/thesis.txt").write_text("years of work")

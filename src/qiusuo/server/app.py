@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from qiusuo.server import documentation
 from qiusuo.server.api import anthropic, chat, completions, errors, listing, responses
-from qiusuo.server.api.auth import CallerDep, HouseDep
+from qiusuo.server.api.auth import AdminDep, HouseDep
 from qiusuo.server.bounds import Bounds
 from qiusuo.server.house import House
 from qiusuo.server.page import chats, console, models, studio
@@ -68,7 +68,7 @@ def _own() -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/metrics")
-    async def metrics(house: HouseDep, caller: CallerDep) -> Response:
+    async def metrics(house: HouseDep, caller: AdminDep) -> Response:
         return Response(house.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @router.get("/")

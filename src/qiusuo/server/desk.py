@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from qiusuo.server.registry import Registry, ServedModel
 from qiusuo.server.settings import Settings
 from qiusuo.server.settlement import Used
 
+COOKS = 4  # threads that prepare questions, apart from those that the ledger takes
 log = logging.getLogger("qiusuo.server")
 
 
@@ -50,7 +52,8 @@ class Desk:
         self.jobs: dict[str, Job] = {}
         self.closing = False
         self._settling: dict[str, asyncio.Task[None]] = {}
-        self._owed: dict[str, Used] = {}  # what could not be booked, by request id
+        self._owed: dict[str, Used | None] = {}  # what could not be booked; None: given back
+        self._cooks = ThreadPoolExecutor(COOKS, "qiusuo-prepare")
         self._begun: Counter[str] = Counter()  # questions that are no jobs yet, by model
 
     async def ask(
@@ -129,7 +132,8 @@ class Desk:
                 make: Any = partial(prepare_chat, model.lm, question.messages, request, **options)
             else:
                 make = partial(prepare_text, model.lm, question.prompt, request, **options)
-            return cast("Asked[Any]", await asyncio.to_thread(make))
+            loop = asyncio.get_running_loop()
+            return cast("Asked[Any]", await loop.run_in_executor(self._cooks, make))
         except (RequestError, DataError, ValueError) as error:
             raise ApiError(400, str(error)) from error
         except RecursionError as error:
@@ -193,12 +197,8 @@ class Desk:
             used = job.used()
             tokens = 0 if used is None else used.hit + used.miss + used.output
             self.rates.leave(job.request_id, tokens)
-            if used is None:
-                await asyncio.to_thread(self.ledger.refund, job.request_id)
-                job.cost = 0
-            else:
-                job.cost = await self._book(job.request_id, used)
-                await self._book_owed()
+            job.cost = await self._book(job.request_id, used)
+            await self._book_owed()
         except Exception:
             log.exception("request %s could not be settled", job.request_id)
             raise
@@ -206,9 +206,14 @@ class Desk:
             self.jobs.pop(job.request_id, None)
             self._settling.pop(job.request_id, None)
 
-    async def _book(self, request_id: str, used: Used) -> int:
-        """Settle, once however often. What fails, on a full disk say, is owed from then on."""
+    async def _book(self, request_id: str, used: Used | None) -> int:
+        """Settle, or give all back, once however often. What fails, on a full disk say, is owed
+        from then on."""
         try:
+            if used is None:
+                await asyncio.to_thread(self.ledger.refund, request_id)
+                self._owed.pop(request_id, None)
+                return 0
             settled = await asyncio.to_thread(self.ledger.settle, request_id, used)
         except Exception:
             self._owed[request_id] = used
@@ -220,9 +225,9 @@ class Desk:
     async def _book_owed(self) -> None:
         """What another request owes is tried again, and is no fault of this one."""
         for request_id in list(self._owed):
-            used = self._owed.pop(request_id, None)
-            if used is None:  # another request has just seen to it
+            if request_id not in self._owed:  # another request has just seen to it
                 continue
+            used = self._owed.pop(request_id)
             try:
                 await self._book(request_id, used)
             except Exception:

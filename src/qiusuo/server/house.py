@@ -55,5 +55,9 @@ class House:
 
     async def close(self) -> None:
         await self.registry.stop()
+        self.shut()
+
+    def shut(self) -> None:
+        """Where nothing was served yet."""
         self.ledger.close()
         self.database.close()

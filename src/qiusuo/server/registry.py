@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.data.errors import DataError
@@ -26,6 +29,7 @@ from qiusuo.runs.folder import read_recipe
 from qiusuo.server.api.errors import ApiError
 from qiusuo.server.settings import Settings
 
+T = TypeVar("T")
 log = logging.getLogger("qiusuo.server")
 
 OLD_NAMES = ("deepseek-chat", "deepseek-reasoner")  # clients have them built in
@@ -114,7 +118,7 @@ class Registry:
 
         try:
             async with self._order:
-                served = await asyncio.to_thread(self._open, coming, progress)
+                served = await in_daemon(self._open, coming, progress)
                 await asyncio.to_thread(served.engine.start)
         except Exception as error:  # whatever it is, the name must not be on its way for ever
             coming.error = str(error) or type(error).__name__
@@ -159,6 +163,32 @@ class Registry:
         )
         _ = lm.engine  # takes its memory now, and not with the first question
         return _served(coming.name, lm, coming.source)
+
+
+async def in_daemon(work: Callable[..., T], *words: Any) -> T:
+    """``asyncio.to_thread`` for what takes long: a server that is asked to stop does not wait."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: Exception | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(cast(T, result))
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work(*words)
+        except Exception as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop has ended, and nobody asks any more
+            loop.call_soon_threadsafe(tell, result, failure)
+
+    threading.Thread(target=run, name="qiusuo-load", daemon=True).start()
+    return await done
 
 
 def run_of(source: str) -> Path | None:

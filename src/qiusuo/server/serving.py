@@ -66,11 +66,15 @@ def serve(settings: Settings, models: Sequence[str], names: Sequence[str] = ()) 
     for model in models:
         find_model(model)  # before anything is made
     console = Console(stderr=True, highlight=False)
-    house = House.open(settings)
-    check_bind(settings, house.keys.any())
-    # Ctrl-C is raised anew once all has ended.
-    with bound(settings) as listening, suppress(KeyboardInterrupt):
-        uvloop.run(_run(house, listening, models, names, console))
+    with bound(settings) as listening:
+        house = House.open(settings)
+        try:
+            check_bind(settings, house.keys.any())
+        except ServerError:
+            house.shut()
+            raise
+        with suppress(KeyboardInterrupt):  # raised anew once all has ended
+            uvloop.run(_run(house, listening, models, names, console))
 
 
 def bound(settings: Settings) -> socket.socket:

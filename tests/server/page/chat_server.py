@@ -1,15 +1,19 @@
-"""A server process with tiny models that know a few conversations by heart, for a browser to visit.
+"""A server with tiny models that know a few conversations by heart, for a browser to visit.
 
-    python -m tests.server.page.chat_server FOLDER PORT SECONDS
+    python -m tests.server.page.chat_server FOLDER PORT WEIGHTS SECONDS
 
-Everything in it is real: tokens are drawn by the engine, thoughts and calls parsed from the model's
-own marks. Only, each pass of the model takes SECONDS longer, or there would be nothing to see.
+is one that can be killed. Everything in it is real: tokens are drawn by the engine, thoughts and
+calls parsed from the model's own marks. Only, each pass of the model takes SECONDS longer, for what
+is to be seen while it writes.
 """
 
+import fcntl
 import functools
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -180,32 +184,60 @@ def learn() -> dict[str, torch.Tensor]:
     raise AssertionError(f"the tiny model did not learn its lines: a loss of {loss}")
 
 
-def talker(weights: Path, seconds: float) -> qiusuo.LanguageModel:
-    """Learns once; later starts read what it learnt."""
+@dataclass
+class Pace:
+    """How many seconds each pass of the model takes longer than it must; may change meanwhile."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def of(self, seconds: float) -> Iterator[None]:
+        before, self.seconds = self.seconds, seconds
+        try:
+            yield
+        finally:
+            self.seconds = before
+
+
+def learnt(folder: Path) -> Path:
+    """The file of weights in this folder; whoever comes first learns, the others wait for it."""
+    weights = folder / "talker.pt"
+    with (folder / "talker.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not weights.is_file():
+            half = weights.with_suffix(".half")
+            torch.save(learn(), half)
+            half.replace(weights)
+    return weights
+
+
+def talker(weights: Path, pace: Pace) -> qiusuo.LanguageModel:
     model = _model()
-    if not weights.is_file():
-        torch.save(learn(), weights)
     model.load_state_dict(torch.load(weights))
-    model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    model.register_forward_pre_hook(lambda *_: time.sleep(pace.seconds))
     limits = Limits(cache_bytes=16 << 20, page_tokens=4)
     return qiusuo.LanguageModel(model.eval(), tokenizer(), limits)
 
 
-def main(folder: str, port: str, seconds: str) -> None:
-    import asyncio
-
-    place = Path(folder)
-    settings = Settings(
-        port=int(port), database=place / "server.sqlite3", runs=place / "runs", drain_seconds=1
+def settings_in(folder: Path, port: int = 0) -> Settings:
+    return Settings(
+        port=port, database=folder / "server.sqlite3", runs=folder / "runs", drain_seconds=1
     )
 
+
+def furnish(house: House, weights: Path, pace: Pace) -> None:
+    served = house.registry.adopt("talker", talker(weights, pace))
+    # The same model, as one without a template would be served.
+    teller = replace(served, name="teller", kind="text", thinks=False, tools=None)
+    house.registry.models["teller"] = teller
+
+
+def main(folder: str, port: str, weights: str, seconds: str) -> None:
+    import asyncio
+
     async def run() -> None:
-        house = House.open(settings)
-        lm = talker(place / "weights.pt", float(seconds))
-        served = house.registry.adopt("talker", lm)
-        # The same model, as one without a template would be served.
-        teller = replace(served, name="teller", kind="text", thinks=False, tools=None)
-        house.registry.models["teller"] = teller
+        house = House.open(settings_in(Path(folder), int(port)))
+        furnish(house, Path(weights), Pace(float(seconds)))
         await Server(house).serve()
 
     asyncio.run(run())

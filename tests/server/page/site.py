@@ -1,17 +1,20 @@
-"""`qiusuo serve` in a folder of its own, and a browser that visits it."""
+"""The server of `qiusuo serve` in a folder of its own, and a browser that visits it."""
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import uvloop
+
+from qiusuo.engine.limits import Limits
+from qiusuo.server.house import House
+from qiusuo.server.serving import Server, address_of, bound
+from qiusuo.server.settings import Settings
 
 PATIENCE = 60.0  # seconds until a test that hangs fails
 PHONE = {"viewport": {"width": 360, "height": 740}, "locale": "zh-CN"}
@@ -31,44 +34,55 @@ class Site:
         return self.folder / "server.sqlite3"
 
 
+def _nothing(house: House) -> None:
+    pass
+
+
+@contextmanager
+def serving(settings: Settings, furnish: Callable[[House], None] = _nothing) -> Iterator[str]:
+    """The address of a whole server, up to its sockets and streams as `qiusuo serve` has it. It
+    runs on a thread, since a process of its own would import for seconds what is here already.
+    ``furnish`` is called in its loop before anybody is let in."""
+    listening = bound(settings)
+    servers: list[Server] = []
+    begun = threading.Event()
+
+    async def run() -> None:
+        try:
+            house = House.open(settings)
+            furnish(house)
+            servers.append(Server(house))
+        finally:
+            begun.set()
+        await servers[0].serve(sockets=[listening])
+
+    thread = threading.Thread(target=uvloop.run, args=(run(),))
+    thread.start()
+    try:
+        assert begun.wait(PATIENCE)
+        assert servers, "the server did not begin: its thread has said why"
+        yield address_of(listening)
+    finally:
+        if servers:
+            servers[0].should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 @contextmanager
 def site(folder: Path) -> Iterator[Site]:
-    """A server process that shows the runs in ``folder``/runs."""
+    """A server that shows the runs in ``folder``/runs."""
     (folder / "runs").mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    one = Site(f"http://localhost:{port}", folder)
-    words = ["serve", "--port", str(port), "--runs", str(one.runs)]
-    words += ["--database", str(one.database), "--cache-gb", "0.02"]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qiusuo", *words], cwd=folder, stdout=log, stderr=log
-        )
-    try:
-        _wait(one, process)
-        yield one
-    finally:
-        process.terminate()
-        try:
-            process.wait(PATIENCE)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _wait(one: Site, process: subprocess.Popen[bytes]) -> None:
-    with httpx.Client(timeout=PATIENCE) as client:
-        while True:
-            assert process.poll() is None, (one.folder / "server.log").read_text()
-            try:
-                client.get(one.address + "/health")
-                return
-            except httpx.ConnectError:
-                try:  # a pause that ends at once where the process dies
-                    process.wait(0.05)
-                except subprocess.TimeoutExpired:
-                    continue
+    settings = Settings(
+        port=0,
+        database=folder / "server.sqlite3",
+        runs=folder / "runs",
+        recipes=folder / "recipes",
+        drain_seconds=1,
+        limits=Limits(cache_bytes=20 << 20),
+    )
+    with serving(settings) as address:
+        yield Site(address, folder)
 
 
 @contextmanager

@@ -1,17 +1,19 @@
-"""The chat, as a person at a browser has it: a real server process, a real Chromium."""
+"""The chat, as a person at a browser has it: a real server, a real Chromium."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ import pytest
 import qiusuo
 from tests.server.page import chat_server
 from tests.server.page.browser import browser
-from tests.server.page.chat_server import CHINESE, OPENING, PARIS, SKY, STORY, WEATHER
+from tests.server.page.chat_server import CHINESE, OPENING, PARIS, SKY, STORY, WEATHER, Pace
+from tests.server.page.site import PATIENCE, serving
 
-PATIENCE = 60.0  # seconds until a test that hangs fails
-PASS_SECONDS = 0.01  # what a pass of the model takes at least, so that there is something to see
+# Seconds that a pass of the model takes longer: for what is done while it writes, so slow that a
+# loaded machine comes in time; and for watching the answer grow.
+SLOW, STEADY = 0.1, 0.01
 PROJECT = Path(qiusuo.__file__).parents[2]
 ANSWERED = ".answer:last-of-type .figures"
 # Of the branches in view, the last answer's text.
@@ -32,19 +36,20 @@ LAST = ".answer >> nth=-1"
 
 
 class Process:
-    """A server of its own in a folder; it may be killed and started again."""
+    """A server process of its own in a folder; it may be killed and started again."""
 
-    def __init__(self, folder: Path, seconds: float = PASS_SECONDS) -> None:
-        self.folder, self.seconds = folder, seconds
+    def __init__(self, folder: Path, weights: Path) -> None:
+        self.folder, self.weights = folder, weights
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address = f"http://localhost:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Process:
-        command = [sys.executable, "-m", chat_server.__name__, str(self.folder)]
-        command += [str(self.port), str(self.seconds)]
+    def start(self, seconds: float) -> Process:
+        """Each pass of its model takes so much longer."""
+        command = [sys.executable, "-m", chat_server.__name__, str(self.folder), str(self.port)]
+        command += [str(self.weights), str(seconds)]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log)
         transport = httpx.HTTPTransport(retries=0)
@@ -66,27 +71,33 @@ class Process:
         self.process.wait(PATIENCE)
 
 
+@dataclass(frozen=True)
+class Talking:
+    """A server on a thread, and how fast its model writes."""
+
+    address: str
+    pace: Pace
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("learnt")
-    chat_server.talker(folder / "weights.pt", 0)
-    return folder / "weights.pt"
+    folder = tmp_path_factory.getbasetemp()
+    # One for all workers of xdist.
+    return chat_server.learnt(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @contextmanager
-def running(folder: Path, weights: Path, seconds: float = PASS_SECONDS) -> Iterator[Process]:
-    shutil.copy(weights, folder / "weights.pt")
-    process = Process(folder, seconds).start()
-    try:
-        yield process
-    finally:
-        process.end()
+def talking(folder: Path, weights: Path) -> Iterator[Talking]:
+    pace = Pace()
+    furnish = partial(chat_server.furnish, weights=weights, pace=pace)
+    with serving(chat_server.settings_in(folder), furnish) as address:
+        yield Talking(address, pace)
 
 
 @pytest.fixture(scope="module")
-def server(chromium, weights, tmp_path_factory) -> Iterator[Process]:
-    with running(tmp_path_factory.mktemp("served"), weights) as process:
-        yield process
+def server(chromium, weights, tmp_path_factory) -> Iterator[Talking]:
+    with talking(tmp_path_factory.mktemp("served"), weights) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +111,7 @@ def visit(chromium) -> Iterator[Callable[..., Any]]:
     """Opens a page in a browser of its own; complaints of the page fail the test in the end."""
     contexts, complaints = [], []
 
-    def open_page(address: str, **how: Any) -> Any:
+    def open_page(address: str, ready: str = "#composer", **how: Any) -> Any:
         context = chromium.new_context(
             **({"viewport": {"width": 1280, "height": 800}, "locale": "en-US"} | how)
         )
@@ -115,7 +126,7 @@ def visit(chromium) -> Iterator[Callable[..., Any]]:
             lambda said: "Content Security Policy" in said.text and complaints.append(said.text),
         )
         page.goto(address)
-        page.wait_for_selector("#composer")
+        page.wait_for_selector(ready)
         return page
 
     yield open_page
@@ -132,7 +143,7 @@ def ask(page: Any, text: str) -> None:
 def whole(page: Any) -> None:
     """Until the answer in view has ended and is kept."""
     page.wait_for_selector(ANSWERED)
-    page.wait_for_selector(".pulse", state="detached")
+    page.wait_for_selector(".answer[aria-busy=true]", state="detached")
 
 
 def without_thinking(page: Any) -> None:
@@ -144,9 +155,10 @@ def without_thinking(page: Any) -> None:
 
 def test_an_answer_comes_with_its_thought_and_stays(server, visit):
     page = visit(server.address)
-    ask(page, SKY)
-    page.wait_for_selector(".thought.running >> text=Rayleigh scattering")
-    assert "Thinking…" in page.inner_text(".thought-switch")
+    with server.pace.of(SLOW):
+        ask(page, SKY)
+        page.wait_for_selector(".thought.running >> text=Rayleigh scattering")
+        page.wait_for_selector(".thought.running .thought-switch >> text=Thinking")
     whole(page)
     assert re.match(r"Thought for [\d.]+ s", page.inner_text(".thought-switch"))
     assert page.query_selector(".thought-text") is None  # nobody opened it, so it has closed
@@ -168,13 +180,40 @@ def test_an_answer_comes_with_its_thought_and_stays(server, visit):
     assert "Rayleigh scattering" in page.inner_text(".thought-text")
 
 
+def test_words_sent_before_the_models_are_known_are_not_lost(server, visit):
+    page = visit(server.address + "/studio", ready="text=Studio")
+    held, sent, known = [], [], False
+
+    def hold(route: Any) -> None:
+        if known:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/api/models", hold)
+    page.on("request", lambda asked: asked.method == "POST" and sent.append(asked.url))
+    page.goto(server.address)
+    ask(page, CHINESE)
+    assert page.input_value("#composer") == CHINESE
+    assert sent == []
+    known = True
+    for route in held:
+        route.continue_()
+    whole(page)
+    assert page.inner_text(".question .words") == CHINESE
+    assert page.input_value("#composer") == ""
+    assert len([url for url in sent if url.endswith("/v1/chat/completions")]) == 1
+
+
 def test_an_opened_thought_stays_open(server, visit):
     page = visit(server.address)
-    ask(page, CHINESE)
-    page.wait_for_selector(".thought.running")
-    page.click(".thought-switch")
-    page.wait_for_selector(".thought-text", state="detached")
-    page.click(".thought-switch")
+    with server.pace.of(SLOW):
+        ask(page, CHINESE)
+        page.wait_for_selector(".thought.running")
+        page.click(".thought-switch")
+        page.wait_for_selector(".thought-text", state="detached")
+        page.click(".thought-switch")
+        page.wait_for_selector(".thought.running .thought-text")
     whole(page)
     assert "离骚" in page.inner_text(".thought-text")
 
@@ -203,19 +242,21 @@ def test_a_formula_that_is_coming_breaks_nothing(server, visit):
     page = visit(server.address)
     without_thinking(page)
     page.evaluate(WATCH)
-    ask(page, SKY)
-    whole(page)
+    with server.pace.of(STEADY):
+        ask(page, SKY)
+        whole(page)
     seen = page.evaluate("() => ({ ...window.seen, headings: window.seen.headings.size })")
     assert seen == {"errors": 0, "headings": 1, "raw": []}
 
 
 def test_the_thought_can_be_ended(server, visit):
     page = visit(server.address)
-    ask(page, SKY)
-    page.wait_for_selector(".thought.running >> text=Rayleigh")
-    page.click("text=Answer now")
-    page.wait_for_selector(".answer > .markdown")
-    page.keyboard.press("Escape")  # the model has not learnt what to say after half a thought
+    with server.pace.of(SLOW):
+        ask(page, SKY)
+        page.wait_for_selector(".thought.running >> text=Rayleigh")
+        page.click("text=Answer now")
+        page.wait_for_selector(".answer > .markdown")
+        page.keyboard.press("Escape")  # the model has not learnt what to say after half a thought
     whole(page)
     page.click(".thought-switch")
     assert "keep it short" not in page.inner_text(".thought-text")
@@ -224,10 +265,11 @@ def test_the_thought_can_be_ended(server, visit):
 def test_a_stopped_answer_is_kept_and_can_go_on(server, visit):
     page = visit(server.address)
     without_thinking(page)
-    ask(page, SKY)
-    page.wait_for_selector(".answer p >> text=all colours")
-    page.keyboard.press("Escape")
-    whole(page)
+    with server.pace.of(SLOW):
+        ask(page, SKY)
+        page.wait_for_selector(".answer p >> text=all colours")
+        page.keyboard.press("Escape")
+        whole(page)
     assert "Stopped." in page.inner_text(LAST)
     begun = page.inner_text(".answer h2")
     page.reload()
@@ -414,7 +456,8 @@ def test_on_a_phone_in_chinese_and_dark(server, visit):
 
 
 def test_a_killed_server_takes_nothing_along(chromium, weights, tmp_path, visit):
-    with running(tmp_path, weights, 0.05) as server:
+    server = Process(tmp_path, weights).start(SLOW)
+    try:
         page = visit(server.address)
         without_thinking(page)
         ask(page, SKY)
@@ -429,7 +472,7 @@ def test_a_killed_server_takes_nothing_along(chromium, weights, tmp_path, visit)
         page.wait_for_selector(".composer .trouble >> text=The server does not answer.")
         assert page.input_value("#composer") == "Hello"
         page.go_back()
-        server.start()
+        server.start(0)
         page.click("text=Save")
         page.wait_for_selector("text=This answer is not saved yet.", state="detached")
         page.reload()
@@ -437,10 +480,12 @@ def test_a_killed_server_takes_nothing_along(chromium, weights, tmp_path, visit)
         assert page.inner_text(".answer .markdown") == written
         page.click("text=Go on")
         page.wait_for_selector(".answer blockquote")
+    finally:
+        server.end()
 
 
 def test_a_key_is_asked_for(chromium, weights, tmp_path, visit):
-    with running(tmp_path, weights) as server:
+    with talking(tmp_path, weights) as server:
         made = httpx.post(
             server.address + "/api/console/keys",
             json={"name": "me", "account": "main", "admin": True},

@@ -1,4 +1,4 @@
-"""Console, as whoever runs a server has it: a real server process, its database, Chromium."""
+"""Console, as whoever runs a server has it: a real server, its database, Chromium."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studio, as a person at a browser has it: a real server process, real run folders, Chromium."""
+"""Studio, as a person at a browser has it: a real server, real run folders, Chromium."""
 
 from __future__ import annotations
 
@@ -67,10 +67,15 @@ def chart(page: Any, title: str) -> Any:
     return page.get_by_role("figure", name=title, exact=True)
 
 
+def into_view(drawing: Any) -> None:
+    """What nobody sees is not drawn."""
+    drawing.evaluate("node => node.scrollIntoView({ block: 'nearest' })")
+
+
 def value(page: Any, title: str, label: str | None) -> Any:
     """Where a chart's legend says the value of a line."""
     drawing = chart(page, title)
-    drawing.scroll_into_view_if_needed()  # what nobody sees is not drawn
+    into_view(drawing)
     keys = drawing.locator(".st-key")
     one = keys if label is None else keys.filter(has=page.get_by_text(label, exact=True))
     return one.locator("b")
@@ -132,8 +137,13 @@ def test_a_resumed_run_takes_back_steps_and_the_page_with_it(place, visit, path)
             log.append(step(number))
         page = visit(f"{place.address}/studio/{path.name}")
         says(page, "Loss", "6.000")
+        # What is drawn stays where it is, and what a person chose with it.
+        page.evaluate("document.querySelector('.uplot').mark = 'the same'")
+        page.get_by_label("Range").select_option("tenth")
         log.truncate_after(10)
         says(page, "Loss", "8.000")
+        assert page.evaluate("document.querySelector('.uplot').mark") == "the same"
+        assert page.get_by_label("Range").input_value() == "tenth"
         log.append(step(11, loss=7.5))
         says(page, "Loss", "7.500")
 
@@ -192,7 +202,7 @@ def test_every_number_has_a_chart_and_rollouts_a_panel(place, visit, path):
     assert page.locator(".st-lead .st-chart-title").inner_text() == "Reward"
     assert told(page, "Solved: pass@1 and pass@k", "pass@8") == "75.00"
     assert told(page, "Length of answers", "wrong answers") == "200.0"
-    chart(page, "Loss").scroll_into_view_if_needed()
+    into_view(chart(page, "Loss"))
     chart(page, "Loss").get_by_text("Values that are no numbers: 1").wait_for()
     says(page, "my measure", "42.00")
     assert chart(page, "my list").locator(".st-key").count() == 2

@@ -1,6 +1,7 @@
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon } from "../shell/icons";
 import { IconButton, tell, Trouble } from "../shell/ui";
+import { models } from "../shell/server";
 import { readFiles } from "./attachments";
 import { editing, fit, isSend } from "./message";
 import type { Thread } from "./thread";
@@ -25,6 +26,8 @@ export function Composer(props: {
   const [fault, setFault] = useState<unknown>(null);
   const [over, setOver] = useState(false);
   const [sending, setSending] = useState(false);
+  /** Asked to send before the models were known. */
+  const [eager, setEager] = useState(false);
   const area = useRef<HTMLTextAreaElement>(null);
   const chooser = useRef<HTMLInputElement>(null);
 
@@ -44,7 +47,8 @@ export function Composer(props: {
   const model = thread.model.value;
   const writing = thread.writing.value;
   const isText = model?.kind === "text";
-  const ready = Boolean(model) && !sending && (text.trim() !== "" || files.length > 0);
+  const something = text.trim() !== "" || files.length > 0;
+  const ready = Boolean(model) && !sending && something;
 
   const take = async (list: Iterable<File>) => {
     const { taken, refused } = await readFiles(list);
@@ -53,6 +57,7 @@ export function Composer(props: {
   };
 
   const send = async () => {
+    if (models.value === null) return setEager(something);
     if (!ready || writing) return;
     setSending(true);
     setFault(null);
@@ -68,6 +73,12 @@ export function Composer(props: {
     setSending(false);
     area.current?.focus();
   };
+
+  useEffect(() => {
+    if (!eager || models.value === null) return;
+    setEager(false);
+    void send();
+  }, [eager, models.value]);
 
   const onKeyDown = (event: KeyboardEvent) => {
     if (isSend(event) && !(coarse.matches && !event.ctrlKey && !event.metaKey)) {
@@ -120,10 +131,17 @@ export function Composer(props: {
           rows={1}
           aria-label={t("composer")}
           placeholder={
-            model ? t(isText ? "placeholderText" : "placeholder", { model: model.id }) : t("noModels")
+            model
+              ? t(isText ? "placeholderText" : "placeholder", { model: model.id })
+              : models.value
+                ? t("noModels")
+                : ""
           }
           value={text}
-          onInput={(event) => setText(event.currentTarget.value)}
+          onInput={(event) => {
+            setText(event.currentTarget.value);
+            setEager(false); // who writes on is not done
+          }}
           onKeyDown={onKeyDown}
           onPaste={(event) => {
             const pasted = event.clipboardData?.files;

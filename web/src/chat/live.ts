@@ -29,6 +29,8 @@ export class Live {
   readonly phase = signal<Phase>("waiting");
   readonly fault = signal<Fault | null>(null);
   readonly unsaved = signal(false);
+  /** The answer is whole, and kept as far as that could be. */
+  readonly ended = signal(false);
   /** When the thought began, for the clock; milliseconds of performance.now. */
   thoughtBegan = 0;
 
@@ -76,9 +78,10 @@ export class Live {
     this.endThought();
     this.show();
     this.phase.value = "done";
+    const nothing = this.isEmpty && this.fault.value && this.isNew; // was made
+    if (!nothing) await this.saveForGood();
     removeEventListener("pagehide", this.lastWords);
-    if (this.isEmpty && this.fault.value && this.isNew) return; // nothing was made
-    await this.saveForGood();
+    this.ended.value = true;
   }
 
   get isEmpty(): boolean {

@@ -306,7 +306,11 @@ export function Answer(props: {
   const fault = live?.fault.value ?? null;
   const idle = thread.writing.value === null;
   return (
-    <article class={"message answer" + (isText ? " text" : "")} aria-label={message.model ?? ""} aria-busy={writing}>
+    <article
+      class={"message answer" + (isText ? " text" : "")}
+      aria-label={message.model ?? ""}
+      aria-busy={live !== null && !live.ended.value}
+    >
       <Thought name={name} message={message} live={live} />
       {phase === "waiting" && !message.content && (
         <p class="waiting">

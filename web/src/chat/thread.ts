@@ -43,7 +43,7 @@ export class Thread {
     return live && live.phase.value !== "done" ? live : null;
   });
   readonly anyWriting = computed(() =>
-    [...this.lives.value.values()].some((live) => live.phase.value !== "done"),
+    [...this.lives.value.values()].some((live) => !live.ended.value),
   );
 
   async open(id: string): Promise<void> {

@@ -65,13 +65,14 @@ export function Chart(props: Props) {
     const shape = JSON.stringify([lines.map((l) => [l.label, l.colour, l.dots, l.dashed]), view.log, view.axis, view.smoothing > 0, isDark]);
     if (drawn.current?.shape !== shape) {
       drawn.current?.destroy();
-      drawn.current = new Drawing(shape, box.current, view, lines, props.marks ?? (() => []), (told, at) => {
+      drawn.current = new Drawing(shape, box.current, view, lines, (told, at) => {
         told.forEach((text, i) => values.current[i] && (values.current[i]!.textContent = text));
         if (place.current) place.current.textContent = at;
       });
       setLabels(lines);
     }
     drawn.current.hidden = hidden;
+    if (props.marks) drawn.current.marks = props.marks; // of the records as they are now
     drawn.current.put(lines, view.smoothing);
     const lost = lines.reduce((sum, line) => sum + line.ys.filter((y) => y === null).length, 0);
     if (broken.current) broken.current.textContent = lost ? props.notANumber(lost) : "";

@@ -12,6 +12,8 @@ export type Tell = (values: string[], place: string) => void;
 /** It lasts until the number of lines, the theme or the scale changes. */
 export class Drawing {
   hidden: ReadonlySet<string> = new Set();
+  /** Where stages begin, on the x axis. */
+  marks: () => [number, string][] = () => [];
   private plot: uPlot;
   private lines: Line[] = [];
   /** For each line: the series that shows it smoothed (or alone), and the faint one below. */
@@ -24,7 +26,6 @@ export class Drawing {
     box: HTMLElement,
     private view: ChartView,
     lines: Line[],
-    private marks: () => [number, string][],
     private tell: Tell,
   ) {
     const colour = paletteOf(box);

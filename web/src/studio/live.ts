@@ -56,6 +56,8 @@ export class LiveRun {
   readonly connected = signal(false);
 
   private ended = new AbortController();
+  /** What is there must be asked for (again). */
+  private stale = true;
   /** How far the log and the samples have been read, in bytes. */
   private next: [number, number] = [0, 0];
   private drawing: ReturnType<typeof setTimeout> | undefined;
@@ -72,7 +74,7 @@ export class LiveRun {
     const { signal } = this.ended;
     while (!signal.aborted) {
       try {
-        if (!this.loaded.value) await this.load();
+        if (this.stale) await this.load();
         if (!listen) return;
         await this.follow();
       } catch (fault) {
@@ -96,6 +98,7 @@ export class LiveRun {
     this.records = new RunRecords();
     for (const record of [...log.records, ...samples.records]) this.records.add(record);
     this.next = [log.next, samples.next];
+    this.stale = false;
     this.loaded.value = true;
     this.fault.value = null;
     this.version.value++;
@@ -109,8 +112,9 @@ export class LiveRun {
       this.attempts = 0;
       this.fault.value = null;
       if (event === "reset") {
-        // A resumed run took back its last steps: what is drawn no longer holds.
-        this.loaded.value = false;
+        // A resumed run took back its last steps. What is drawn stands until the rest is there, and
+        // is then changed in place: no zoom and no scrolled page is lost.
+        this.stale = true;
         return;
       }
       if (event === "record") this.records.add(JSON.parse(data) as LogRecord);

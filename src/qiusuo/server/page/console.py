@@ -18,10 +18,11 @@ from qiusuo.server.database import now
 from qiusuo.server.house import House
 from qiusuo.server.keys import MAIN, Key
 from qiusuo.server.money import amount, told
-from qiusuo.server.page.chats import Body, Name
+from qiusuo.server.page.chats import Body, Name, owner
 from qiusuo.server.page.live import HEADERS
 from qiusuo.server.page.parts import PartsDep
 from qiusuo.server.prices import Listed, Price, per_million, told_per_million
+from qiusuo.server.question import Caller
 from qiusuo.server.usage import Sums, as_csv
 from qiusuo.server.windows import window_from, window_table
 
@@ -106,8 +107,9 @@ def list_keys(caller: AdminDep, house: HouseDep) -> list[dict[str, Any]]:
 
 
 @router.post("/keys", status_code=201)
-def make_key(body: NewKey, caller: AdminDep, house: HouseDep) -> dict[str, Any]:
-    """A new key with its `secret`, which is never shown again."""
+def make_key(body: NewKey, caller: AdminDep, house: HouseDep, parts: PartsDep) -> dict[str, Any]:
+    """A new key with its `secret`, which is never shown again. The first takes over what was said
+    here before there were keys."""
     if caller.key is None and not body.admin:
         raise ApiError(
             400, "the first key must be an administrator's: from then on this page wants one"
@@ -115,6 +117,8 @@ def make_key(body: NewKey, caller: AdminDep, house: HouseDep) -> dict[str, Any]:
     limits = body.limits()
     name, account = limits.pop("name"), limits.pop("account", MAIN)
     key, secret = house.keys.make(name, account, **limits)
+    if caller.key is None:
+        parts.conversations.hand_over(owner(caller), owner(Caller(key, key.account)))
     return _key(key) | {"secret": secret}
 
 

@@ -129,6 +129,11 @@ class Conversations:
                 self._touch(connection, name, 0)
             return _told(_conversation(connection, owner, name))
 
+    def hand_over(self, owner: str, heir: str) -> None:
+        """All of one owner's become another's."""
+        with self._database.write() as connection:
+            connection.execute("UPDATE conversations SET owner = ? WHERE owner = ?", (heir, owner))
+
     def delete(self, owner: str, name: str) -> None:
         """With all its messages."""
         with self._database.write(durable=False) as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from qiusuo.data.errors import DataError
 from qiusuo.data.hub_reference import find_model_folder
+from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import read_recipe
 from qiusuo.server.api.auth import AdminDep, CallerDep, HouseDep
 from qiusuo.server.api.errors import ApiError
@@ -68,7 +70,7 @@ def list_models(caller: CallerDep, house: HouseDep) -> list[dict[str, Any]]:
     """Those that this caller may use."""
     served = list(house.registry.models.values())
     return [
-        _told(house, model, first=place == 0)
+        _told(house, model, first=place == 0, admin=caller.admin)
         for place, model in enumerate(served)
         if caller.may_use(model.name)
     ]
@@ -127,14 +129,15 @@ def _source(given: str, runs: Runs) -> str:
     )
 
 
-def _told(house: House, model: ServedModel, first: bool) -> dict[str, Any]:
+def _told(house: House, model: ServedModel, first: bool, admin: bool) -> dict[str, Any]:
+    """A path on this machine is for its administrator."""
     price = house.prices.price(model.name)
     aliases = [name for name in OLD_NAMES if first and name not in house.registry.models]
     shown = {kind: told_per_million(getattr(price, kind)) for kind in ("hit", "miss", "output")}
     return {
         "id": model.name,
         "aliases": aliases,
-        "source": model.source,
+        "source": model.source if admin else Path(model.source).name,
         "thinks": model.thinks,
         "tools": model.tools is not None,
         "context": model.context,
@@ -148,8 +151,9 @@ def _told(house: House, model: ServedModel, first: bool) -> dict[str, Any]:
 def examples(model: ServedModel) -> list[str]:
     """What to begin with: a run's own sample prompts, or what such a model can answer."""
     run = run_of(model.source)
-    if run is not None and (prompts := sample_prompts(read_recipe(run))):
-        return prompts[:MOST_EXAMPLES]
+    with suppress(RunError):  # a recipe that was damaged since
+        if run is not None and (prompts := sample_prompts(read_recipe(run))):
+            return prompts[:MOST_EXAMPLES]
     if model.kind == "text":
         return []
     for word, known in EXAMPLES.items():
