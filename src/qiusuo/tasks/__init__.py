@@ -1,0 +1,13 @@
+"""Problems whose answers can be checked: what reasoning is trained on and measured with.
+
+    what a task is    task.py (problems, verdicts, the split by canonical problem)
+    by name           registry.py (ours, of packages, a user's file)
+    numbers           parity.py, chains.py, arithmetic.py,
+                      countdown.py with expression.py (a parser: nothing is evaluated)
+    stories           word_problems.py, word_stories.py (English and Chinese)
+    verse             verse.py, verse_rules.py, verse_readings.py, verse_guards.py
+    code              sandbox.py, sandbox_launcher.py (a model's program, in a cage)
+
+Verifiers pay 0 or 1, take any text whatever, and never evaluate what a model wrote. Every refusal
+is a `TaskError`. Nothing here imports another room.
+"""
