@@ -45,10 +45,11 @@ def quickstart_with_page(path: Path, words: Sequence[str], settings: Settings) -
     for end in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the training is ended with us
         signal.signal(end, signal.default_int_handler)
     with _listen(settings) as listening:
-        console.print(f"[bold]Qiusuo[/bold]  {address_of(listening)}  (Ctrl-C stops)")
+        address = address_of(listening)
+        console.print(f"[bold]Qiusuo[/bold]  {address}  (Ctrl-C stops)")
         child = None
         if not _finished(path):
-            console.print("The training is watched there too, from its first step.\n")
+            console.print(f"Watch the training from its first step: {address}/studio/{path.name}\n")
             child = subprocess.Popen(
                 [sys.executable, "-m", "qiusuo", "quickstart", "--no-page", *words],
                 process_group=0,  # a Ctrl-C typed here reaches it once, through us

@@ -54,7 +54,8 @@ def find_model(reference: str | Path) -> Path:
 
 def pull_model(name: str, progress: Progress | None = None) -> Path:
     """Fetch what ``name`` is, once. A catalogue's model arrives as GGUF and is converted to a
-    folder, so that it loads as any other; the folder is all that stays."""
+    folder, so that it loads as any other; the folder is all that stays. In float32: bfloat16 cannot
+    hold what four bits and a scale mean, and a small model's near-ties fall otherwise."""
     entry = catalogue().get(name)
     if entry is None or entry.kind != "model":
         return pull_anything(name, progress=progress)
@@ -65,7 +66,7 @@ def pull_model(name: str, progress: Progress | None = None) -> Path:
         if not (folder / "config.json").is_file():  # nobody has made it meanwhile
             source = pull_member(name, progress=progress)
             checkpoint = replace(open_gguf(source), sampling=entry.sampling)
-            write_huggingface(checkpoint, folder, "BF16", progress=progress)
+            write_huggingface(checkpoint, folder, "F32", progress=progress)
             source.unlink(missing_ok=True)
     return folder
 

@@ -19,12 +19,15 @@ from qiusuo.data.errors import DataError, unknown
 from qiusuo.data.template_guard import spelling_pattern
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.data.tool_format import MARKS, Frame, frame_written
-from qiusuo.engine.constraint import JSON_OPTIONS, Constraint, Grammars, Matcher
+from qiusuo.engine.constraint import Constraint, Grammars, Matcher
 from qiusuo.engine.sampling import Sampling
 
 Tool = Mapping[str, Any]
 
 NEVER = -100.0  # added to a logit
+
+# As `json.dumps` writes it: free white space is where a weak model stays for ever.
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def forced_matchers(
@@ -148,7 +151,7 @@ def _schema(function: Tool) -> str:
         raise DataError(f"its parameters must be a schema of an object, not of type {kind!r}")
     try:
         return json.dumps(
-            {**(schema or {}), "type": "object", "x-guidance": JSON_OPTIONS}, ensure_ascii=False
+            {**(schema or {}), "type": "object", "x-guidance": WRITTEN}, ensure_ascii=False
         )
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"its parameters cannot be read as a JSON schema: {error}") from error

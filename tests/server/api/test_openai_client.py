@@ -32,7 +32,7 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
     ledger.top_up("rich", 100 * UNITS, token="a test")
     PriceBook(database).set("talker", Price(hit=20, miss=1000, output=4000))
     secrets = SimpleNamespace(
-        rich=keys.make("rich", "rich")[1],
+        rich=keys.make("rich", "rich", admin=True)[1],
         poor=keys.make("poor", "poor")[1],
         slow=keys.make("slow", "rich", rpm=1)[1],
     )
