@@ -161,7 +161,7 @@ def test_an_answer_comes_with_its_thought_and_stays(server, visit):
         page.wait_for_selector(".thought.running .thought-switch >> text=Thinking")
     whole(page)
     assert re.match(r"Thought for [\d.]+ s", page.inner_text(".thought-switch"))
-    assert page.query_selector(".thought-text") is None  # nobody opened it, so it has closed
+    page.wait_for_selector(".thought-text", state="detached")  # nobody opened it, so it has closed
     assert page.inner_text(".answer h2") == "Because air scatters blue most"
     assert page.locator(".answer .formula .katex").count() == 1
     assert page.locator(".answer p .katex").count() == 2

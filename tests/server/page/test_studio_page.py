@@ -214,7 +214,7 @@ def test_every_number_has_a_chart_and_rollouts_a_panel(place, visit, path):
     assert answers.count() == 1
     assert not answers.get_by_text("I count.").is_visible()
     answers.get_by_text("Thought").click()
-    assert answers.get_by_text("I count.").is_visible()
+    answers.get_by_text("I count.").wait_for()
     assert answers.locator("img, script").count() == 0
     assert "hacked" not in page.title()
 
@@ -431,7 +431,7 @@ def test_from_a_recipe_to_a_model_that_talks(place, visit):
     page.locator("#composer").wait_for()
     models = httpx.get(f"{place.address}/api/models").json()
     assert [model["id"] for model in models] == ["whole"]
-    assert page.get_by_text("whole", exact=True).first.is_visible()
+    page.get_by_text("whole", exact=True).first.wait_for()
 
 
 def test_a_stray_percent_in_the_address_does_no_harm(place: Site, visit) -> None:
