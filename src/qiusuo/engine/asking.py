@@ -137,6 +137,25 @@ class Asked(Generic[T]):
         ]
 
 
+def worth(one: Completion) -> tuple[bool, float]:
+    """By mean log-probability, behind all others what failed or was ended from outside: of an
+    answer of no tokens the mean would be the best."""
+    whole = one.finish_reason in ("stop", "length")
+    return whole, sum(one.logprobs) / max(1, len(one.logprobs))
+
+
+def beside_the_words(
+    priority: int, deadline: float | None, namespace: str, keep_experts: bool
+) -> dict[str, Any]:
+    """What a call asks for beside its words, as fields of ``Request`` but ``n``."""
+    return {
+        "priority": priority,
+        "deadline": deadline,
+        "namespace": namespace,
+        "keep_experts": keep_experts,
+    }
+
+
 def prepare_chat(
     lm: LanguageModel,
     messages: Sequence[GivenMessage],

@@ -17,7 +17,14 @@ from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.answer_events import Event
 from qiusuo.engine.answering import OnEvent
-from qiusuo.engine.asking import Completion, Message, prepare_chat, prepare_text
+from qiusuo.engine.asking import (
+    Completion,
+    Message,
+    beside_the_words,
+    prepare_chat,
+    prepare_text,
+    worth,
+)
 from qiusuo.engine.constraint import Constraint, Grammars
 from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import NgramDrafter
@@ -121,7 +128,7 @@ class LanguageModel:
         if best_of is not None and best_of < n:
             raise RequestError(f"best_of {best_of} is less than n {n}")
         each = best_of or n
-        request = _request(priority, deadline, namespace, keep_experts)
+        request = beside_the_words(priority, deadline, namespace, keep_experts)
         groups = [  # all or none
             prepare_text(
                 self,
@@ -136,7 +143,7 @@ class LanguageModel:
         completions = []
         for told in self.driver.answers(groups):
             if best_of is not None:
-                told.sort(key=_worth, reverse=True)
+                told.sort(key=worth, reverse=True)
             completions += told[:n]
         return completions
 
@@ -172,7 +179,7 @@ class LanguageModel:
         asked = prepare_chat(
             self,
             messages,
-            _request(priority, deadline, namespace, keep_experts),
+            beside_the_words(priority, deadline, namespace, keep_experts),
             tools=tools,
             thinking=thinking,
             thinking_budget=thinking_budget,
@@ -199,7 +206,7 @@ class LanguageModel:
         ``yield from``) is the message; closed early, the answer is cancelled, at the latest when
         whoever drives the engine at that moment is done. The engine goes on only while some
         iterator is asked for more."""
-        request = _request(priority, deadline, namespace, keep_experts)
+        request = beside_the_words(priority, deadline, namespace, keep_experts)
         return self.driver.stream(prepare_chat(self, messages, request, **options))
 
     # -- what it is made of -----------------------------------------------------------------
@@ -234,25 +241,6 @@ class LanguageModel:
         """The ids of a text to continue, a beginning-of-text token before them."""
         tokenizer = self.needed_tokenizer()
         return [*tokenizer.text_start, *tokenizer.encode(text)]
-
-
-def _request(
-    priority: int, deadline: float | None, namespace: str, keep_experts: bool
-) -> dict[str, Any]:
-    """What a call asks for beside its words, as fields of ``Request``."""
-    return {
-        "priority": priority,
-        "deadline": deadline,
-        "namespace": namespace,
-        "keep_experts": keep_experts,
-    }
-
-
-def _worth(one: Completion) -> tuple[bool, float]:
-    """By mean log-probability, behind all others what failed or was ended from outside: of an
-    answer of no tokens the mean would be the best."""
-    whole = one.finish_reason in ("stop", "length")
-    return whole, sum(one.logprobs) / max(1, len(one.logprobs))
 
 
 def _drafting(draft: str | LanguageModel, config: ModelConfig) -> str:

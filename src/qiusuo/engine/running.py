@@ -27,7 +27,15 @@ from torch import Tensor
 
 from qiusuo.data.chat_template import Message as GivenMessage
 from qiusuo.engine.answer_handle import AnswerHandle, Bell, Stream
-from qiusuo.engine.asking import Asked, Completion, Message, T, prepare_chat, prepare_text
+from qiusuo.engine.asking import (
+    Asked,
+    Completion,
+    Message,
+    T,
+    beside_the_words,
+    prepare_chat,
+    prepare_text,
+)
 from qiusuo.engine.driving import begin
 from qiusuo.engine.engine_thread import EngineThread
 from qiusuo.engine.language_model import LanguageModel
@@ -114,7 +122,7 @@ class RunningEngine:
         as in ``Request``. DataError, RequestError or ValueError for what cannot be answered,
         EngineError if the engine does not run."""
         self._running()
-        request = _request(n, priority, deadline, namespace, keep_experts)
+        request = {"n": n, **beside_the_words(priority, deadline, namespace, keep_experts)}
         return await self.ask(
             await asyncio.to_thread(prepare_chat, self.lm, messages, request, **options)
         )
@@ -133,7 +141,7 @@ class RunningEngine:
         """The same for one text or list of token ids to continue, with the options of
         ``LanguageModel.generate``. Without a tokenizer there are no events."""
         self._running()
-        request = _request(n, priority, deadline, namespace, keep_experts)
+        request = {"n": n, **beside_the_words(priority, deadline, namespace, keep_experts)}
         return await self.ask(
             await asyncio.to_thread(prepare_text, self.lm, prompt, request, **options)
         )
@@ -219,12 +227,3 @@ class RunningEngine:
             else:
                 stream.outlet.end(error=error)
         self._streams.clear()
-
-
-def _request(
-    n: int, priority: int, deadline: float | None, namespace: str, keep_experts: bool
-) -> dict[str, Any]:
-    """Fields of ``Request``."""
-    return dict(
-        n=n, priority=priority, deadline=deadline, namespace=namespace, keep_experts=keep_experts
-    )

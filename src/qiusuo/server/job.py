@@ -175,7 +175,7 @@ class Job:
     def _usage(self, told: Sequence[Result | Exception]) -> Usage:
         """An answer that ended in an error of ours is not counted."""
         given = [one.usage for one in told if not isinstance(one, Exception)]
-        cached = max((one.cached_tokens for one in given[:1]), default=0)
+        cached = given[0].cached_tokens if given else 0
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(one.completion_tokens for one in given),

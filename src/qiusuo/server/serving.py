@@ -127,6 +127,6 @@ async def _bring(house: House, wanted: Sequence[str], console: Console) -> None:
         try:
             served = await house.registry.bring(name)
         except ApiError as error:
-            console.print(f"[red]{error.message}[/red]")
+            console.print(error.message, style="red", markup=False)  # it may quote a path
         else:
             console.print(f"{name} is ready; {served.lm.describe()}", markup=False)

@@ -18,8 +18,7 @@ from qiusuo.server.api.chat_chunks import (
     usage_told,
 )
 from qiusuo.server.api.chat_request import ChatRequest
-from qiusuo.server.api.errors import failed_answer
-from qiusuo.server.api.streaming import DONE, EventStream, PatientJSON, frame
+from qiusuo.server.api.streaming import EventStream, PatientJSON, frames
 from qiusuo.server.api.token_texts import token_texts
 from qiusuo.server.house import House
 from qiusuo.server.job import Job
@@ -37,7 +36,7 @@ async def chat_completions(body: ChatRequest, house: HouseDep, caller: CallerDep
     headers = {"X-Request-Id": job.request_id}
     keep_alive = house.settings.keep_alive_seconds
     if body.stream:
-        return EventStream(job, answer.frames(), keep_alive, headers)
+        return EventStream(job, frames(answer.chunks()), keep_alive, headers)
     return PatientJSON(job, answer.whole, keep_alive, headers)
 
 
@@ -55,16 +54,7 @@ class _Answer:
             texts=token_texts(model.lm.needed_tokenizer()) if body.logprobs else None,
         )
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._chunks():
-                yield frame(chunk)
-        except Exception as error:
-            yield frame(failed_answer(error).body)
-        else:
-            yield DONE
-
-    async def _chunks(self) -> AsyncIterator[Chunk]:
+    async def chunks(self) -> AsyncIterator[Chunk]:
         opened: set[int] = set()
         async for choice, event in self.job.events():
             chunk = self.shape.piece(choice, event)

@@ -11,13 +11,12 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from qiusuo.engine.answer_events import Event
-from qiusuo.engine.asking import Completion, Usage
+from qiusuo.engine.asking import Completion, Usage, worth
 from qiusuo.server.api.auth import CallerDep, HouseDep
 from qiusuo.server.api.chat_chunks import Chunk, extension, fingerprint, usage_told
 from qiusuo.server.api.completions_request import CompletionRequest
 from qiusuo.server.api.completions_shape import Echo, TextShape
-from qiusuo.server.api.errors import failed_answer
-from qiusuo.server.api.streaming import DONE, EventStream, PatientJSON, frame
+from qiusuo.server.api.streaming import EventStream, PatientJSON, frames
 from qiusuo.server.api.token_texts import token_texts
 from qiusuo.server.desk import new_request_id
 from qiusuo.server.house import House
@@ -37,7 +36,7 @@ async def completions(body: CompletionRequest, house: HouseDep, caller: CallerDe
     headers = {"X-Request-Id": jobs[0].request_id}
     keep_alive = house.settings.keep_alive_seconds
     if body.stream:
-        return EventStream(stack, answer.frames(), keep_alive, headers)
+        return EventStream(stack, frames(answer.chunks()), keep_alive, headers)
     return PatientJSON(stack, answer.whole, keep_alive, headers)
 
 
@@ -70,16 +69,7 @@ class _Answer:
             texts=token_texts(model.lm.needed_tokenizer()) if wanted else None,
         )
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._chunks():
-                yield frame(chunk)
-        except Exception as error:
-            yield frame(failed_answer(error).body)
-        else:
-            yield DONE
-
-    async def _chunks(self) -> AsyncIterator[Chunk]:
+    async def chunks(self) -> AsyncIterator[Chunk]:
         each = self.body.each
         for place, echo in enumerate(self._echoes()):
             if echo is not None:
@@ -101,7 +91,7 @@ class _Answer:
         for job, echo in zip(self.jobs, self._echoes(), strict=True):
             answers = await _results(job)
             if self.body.best_of is not None:
-                answers = sorted(answers, key=_mean_logprob, reverse=True)[: self.body.each]
+                answers = sorted(answers, key=worth, reverse=True)[: self.body.each]
             for answer in answers:
                 told = self.shape.choice(len(choices), answer, echo, self.body.wants_text)
                 choices.append(told)
@@ -131,10 +121,6 @@ class _Answer:
 
 async def _results(job: Job) -> list[Completion]:
     return cast(list[Completion], await job.results())
-
-
-def _mean_logprob(answer: Completion) -> float:
-    return sum(answer.logprobs) / max(1, len(answer.logprobs))
 
 
 async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, int, Event]]:

@@ -45,6 +45,17 @@ def named_frame(value: Mapping[str, Any]) -> bytes:
     return f"event: {value['type']}\n".encode() + frame(value)
 
 
+async def frames(chunks: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+    """Chunks as OpenAI's clients read them: ``[DONE]`` behind the last, or an error instead."""
+    try:
+        async for chunk in chunks:
+            yield frame(chunk)
+    except Exception as error:
+        yield frame(failed_answer(error).body)
+    else:
+        yield DONE
+
+
 class EventStream(Response):
     """Server-sent events made while ``work`` (a job) is entered. ``events`` gives whole frames and
     turns errors into one: the status is sent before the first."""
