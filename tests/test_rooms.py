@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "runs": set(),
     "checkpoint": {"model", "data"},
     "engine": {"model", "kernels", "checkpoint", "data"},
-    "training": {"model", "kernels", "data", "checkpoint", "runs", "engine", "version"},
+    "evaluation": {"engine", "tasks", "data", "version"},
+    "training": {"tasks", "evaluation", "model", "kernels", "data", "checkpoint", "runs", "engine", "version"},
     "tasks": set(),
     "server": {"model", "data", "checkpoint", "engine", "runs", "version"},
 }

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qiusuo import cli_money
+from qiusuo import cli_eval, cli_money
 from qiusuo.version import __version__
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(cli_money.keys, name="keys")
 app.add_typer(cli_money.accounts, name="accounts")
 app.add_typer(cli_money.prices, name="prices")
+app.command("eval")(cli_eval.evaluate)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
 SetOption = Annotated[
@@ -338,19 +339,23 @@ def main() -> None:
 def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.checkpoint.files import CheckpointError
     from qiusuo.data.errors import DataError
+    from qiusuo.evaluation.answers import EvaluationError
     from qiusuo.model.checks import ConfigError
     from qiusuo.runs.durable import RunError
     from qiusuo.server.failure import ServerError
-    from qiusuo.training.pretrain import TrainingError
+    from qiusuo.tasks.task import TaskError
+    from qiusuo.training.scene import TrainingError
     from qiusuo.training.recipe import RecipeError
 
     return (
         CheckpointError,
         ConfigError,
         DataError,
+        EvaluationError,
         RecipeError,
         RunError,
         ServerError,
+        TaskError,
         TrainingError,
         OSError,
     )

@@ -258,3 +258,23 @@ def test_bfloat16_log_probabilities_are_those_of_the_training_forward(name):
             differences.append(abs(float(logprobs_TW[place, token]) - told))
     assert max(differences) < 0.1
     assert sum(differences) / len(differences) < 0.02
+
+
+@pytest.mark.parametrize("absorbed_below", [0, 100], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_prompts_of_one_length_are_read_side_by_side(changes, absorbed_below, monkeypatch):
+    model = tiny_model(**changes)
+    prompts = [tuple((7 * i + row) % 97 for i in range(5 + row % 2)) for row in range(6)]
+    sampling = Sampling(max_tokens=6)
+    engine = Engine(model, Limits(page_tokens=4, absorbed_below=absorbed_below))
+    answers = [engine.submit(Request(prompt, sampling, n=2))[0] for prompt in prompts]
+    read = []
+    group = engine.cache.group
+    monkeypatch.setattr(
+        engine.cache, "group", lambda *a: read.append((len(a[0]), a[1])) or group(*a)
+    )
+    engine.step()
+    assert read == [(3, 5), (3, 6)]
+    run(engine)
+    for answer in answers:
+        assert_logprobs(model, answer)

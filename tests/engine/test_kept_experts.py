@@ -4,6 +4,7 @@ pass of the training forward over the whole text."""
 import pytest
 import torch
 
+from qiusuo.engine import request
 from qiusuo.engine.core import Engine
 from qiusuo.engine.drafting import Pass, drafting
 from qiusuo.engine.limits import Limits
@@ -24,8 +25,8 @@ def engine_of(model: Transformer, pages: int = 60, **limits) -> Engine:
     return Engine(model, settings)
 
 
-def ask(engine: Engine, prompt: tuple[int, ...], keep: bool = True, **request) -> Sequence:
-    [answer] = engine.submit(Request(prompt, WARM, keep_experts=keep, **request))
+def ask(engine: Engine, prompt: tuple[int, ...], keep: bool = True, **rest) -> Sequence:
+    [answer] = engine.submit(Request(prompt, WARM, keep_experts=keep, **rest))
     run(engine)
     return answer
 
@@ -55,6 +56,20 @@ def test_a_beginning_that_is_found_brings_its_experts_along():
     assert third.cached_tokens == 16
     for answer in (first, second, third):
         assert_told(model, answer)
+
+
+def test_many_pieces_are_joined(monkeypatch):
+    """They are views of whole passes, which must not stay in memory for as long as an answer."""
+    monkeypatch.setattr(request, "LOOSE_PIECES", 4)
+    model = tiny_model()
+    engine = engine_of(model)
+    sampling = Sampling(max_tokens=19, temperature=1.0, seed=1)
+    answers = engine.submit(Request(PROMPT, sampling, n=3, keep_experts=True))
+    run(engine)
+    for one in answers:
+        assert [len(piece) for piece in one.experts] == [len(PROMPT) + 3, 4, 4, 4, 1, 1, 1]
+        assert_told(model, one)
+        assert torch.equal(one.experts_between(10, 24), torch.cat(one.experts)[10:24])
 
 
 def test_siblings_and_a_found_beginning():

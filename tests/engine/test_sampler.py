@@ -17,15 +17,9 @@ from transformers import (
 )
 
 from qiusuo.engine import sampler
-from qiusuo.engine.sampler import (
-    BadLogits,
-    Drawn,
-    Row,
-    candidates,
-    draw,
-    token_logprobs,
-    uniform,
-)
+from qiusuo.engine.candidates import candidates, place_of
+from qiusuo.engine.philox import uniform
+from qiusuo.engine.sampler import BadLogits, Drawn, Row, draw, token_logprobs
 from qiusuo.engine.sampling import Sampling
 
 LOGITS = [1.3, -0.4, 2.1, 0.0, 0.9, -3.0, 1.2, 0.5]
@@ -260,9 +254,9 @@ def test_rounding_never_leads_to_a_place_of_no_weight(width):
     """Targets a rounding error below nothing and at all of the mass."""
     weights = np.zeros(width, dtype=np.float32)
     weights[2], weights[width - 3] = 0.1, 0.7
-    assert sampler._place(weights, -1e-17) == 2
-    assert sampler._place(weights, float(weights.sum(dtype=np.float64))) == width - 3
-    assert sampler._place(weights, 2.0) == width - 3
+    assert place_of(weights, -1e-17) == 2
+    assert place_of(weights, float(weights.sum(dtype=np.float64))) == width - 3
+    assert place_of(weights, 2.0) == width - 3
 
 
 # Bias, penalties, masks

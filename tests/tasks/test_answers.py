@@ -1,5 +1,6 @@
 """Answers and traces told by hand, where one can see why they are right or wrong."""
 
+import random
 from fractions import Fraction
 
 import pytest
@@ -8,6 +9,7 @@ from qiusuo.tasks.arithmetic import Arithmetic
 from qiusuo.tasks.chains import Chains
 from qiusuo.tasks.countdown import Countdown
 from qiusuo.tasks.expression import ExpressionError, read_expression
+from qiusuo.tasks.sums import Sums
 from qiusuo.tasks.task import Problem, TaskError, response_of
 from qiusuo.tasks.word_problems import WordProblems
 from tests.tasks.families import some
@@ -64,9 +66,16 @@ def test_countdown_answers(answer, reason):
     ("thought", "valid"),
     [
         ("4*6=24,24-4=20", 1),
-        ("4+4=8;6-4=2,2*4=8;4*6=24,24-4=20", 1),
+        ("4:20+16-24*5/80;6,4:10,2,24;4*6=24,24-4=20", 1),
+        ("4:20+16-24*5/80;6,4:10,2,24;6:20+14-26/120;4,4:8,0,16;4*6=24,24-4=20", 0),  # 0: no number
+        ("4:20+16-24*5/80;6,4:10,2,24;6:20+14-26/120;4,4:8,16;4*6=24,24-4=20", 1),
+        ("4:20+16-24*5;6,4:10,2,24;4*6=24,24-4=20", 0),  # a goal left out
+        ("4:20+16-24*5/80;6,4:10,24;4*6=24,24-4=20", 0),  # a result left out
+        ("4:20+16-24*5/80;6,5:11,1,30;4*6=24,24-4=20", 0),
+        ("4:20+16-24*5/80;6,6:12,36,1;4*6=24,24-4=20", 0),
+        ("6,4:10,2,24;4*6=24,24-4=20", 0),  # nothing was set aside
+        ("4:20+16-24*5/80;6,4:10,2,24", 0),  # it did not end where it hit
         ("4*6=24", 0),
-        ("4*6=24,24-4=20;4+4=8", 0),  # it did not end where it hit
         ("4*5=20", 0),
         ("4*6=24,24-6=18,18+2=20", 0),
         ("6*6=36,36-16=20", 0),
@@ -95,6 +104,39 @@ def test_chain_traces(thought, valid):
     problem = Problem("chains", "", "", 4, "", {"terms": [70, 53, 2, 24]})
     verdict = Chains().verify(problem, response_of(thought, "941"))
     assert (verdict.reward, verdict.measures["trace_valid"]) == (1, valid)
+
+
+@pytest.mark.parametrize(
+    ("thought", "valid"),
+    [
+        ("321+2+42=521+42=941", 1),
+        ("321+2+42=521+42=941=941", 0),
+        ("07+35+2+42=321+2+42=521+42=941", 0),
+        ("321+2+42=941", 0),
+        ("521+42=941", 0),
+        ("321+42+2=563+2=941", 0),
+        ("331+2+42=531+42=941", 0),
+        ("941", 0),
+    ],
+)
+def test_sums_are_rewritten_whole(thought, valid):
+    problem = Problem("sums", "", "", 4, "", {"terms": [70, 53, 2, 24]})
+    verdict = Sums().verify(problem, response_of(thought, "941"))
+    assert (verdict.reward, verdict.measures["trace_valid"]) == (1, valid)
+
+
+def test_sums_and_chains_share_their_split():
+    sums, chains = (task.problem(5, random.Random(0)) for task in (Sums(), Chains()))
+    assert (sums.key, sums.prompt, sums.data) == (chains.key, chains.prompt, chains.data)
+
+
+def test_a_countdown_thought_for_three_numbers_is_short_and_finds():
+    task = Countdown()
+    for seed in range(2000):
+        problem = task.problem(3, random.Random(seed))
+        thoughts = {task.solution(problem, random.Random(one), thought=True) for one in (0, 1)}
+        assert len(thoughts) == 1  # nothing in it is chance
+        assert len(thoughts.pop()) < 160
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ print(len(sys.path), 'site' in sys.modules)
 """
     lines = run_program(program).stdout.splitlines()
     assert lines[:5] == ["False"] * 5
-    assert lines[5] == "False 1 ['HOME', 'LANG']"
+    assert lines[5] == "False 1 ['HOME', 'LANG', 'PYTHONHASHSEED']"
     assert lines[6].endswith("False")
 
 
@@ -200,6 +200,11 @@ for handle in range(3, 64):
     assert lines[4].startswith("True")
     assert sorted(lines[4][5:].strip("[]").split(", ")) == ["'null'", "'urandom'"]
     assert lines[5:] == []
+
+
+def test_a_program_gives_the_same_again():
+    program = "print(set('reproducible'), hash('a'))"
+    assert run_program(program).stdout == run_program(program).stdout != ""
 
 
 def test_threads_run_programs_at_once():

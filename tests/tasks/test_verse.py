@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 
 from qiusuo.data.corpora import open_corpus
 from qiusuo.tasks.task import TaskError, problems, split_of
-from qiusuo.tasks.verse import TITLES, Verse, base_rates, make_problem
+from qiusuo.tasks.verse import (
+    TITLES,
+    Verse,
+    base_rates,
+    make_problem,
+    poem_titles,
+    read_poem,
+)
 from qiusuo.tasks.verse_readings import CLASSES
-from qiusuo.tasks.verse_rules import FORMS
+from qiusuo.tasks.verse_rules import FORMS, verse_lines
 
 TOWER = "白日依山尽，\n黄河入海流。\n欲穷千里目，\n更上一层楼。"
 POEM = f"《登鹳雀楼》王之涣\n{TOWER}\n"
@@ -214,6 +221,44 @@ class TestSolutions:
         task = Verse(poems=some_poems(), rhymes=["庚"])
         stream = problems(task, "train", 0, range(1, 5), 50)
         assert {problem.data["rhyme"] for problem in stream} == {"庚"}
+
+    def test_a_corpus_can_be_learned_whole(self) -> None:
+        """Every poem of a known form, each with a request that tells the truth about it."""
+        strict, whole = (Verse(poems=some_poems(), strict=strict) for strict in (True, False))
+        rhyming = Counter()
+        for poem in some_poems():
+            problem = whole.problem_of(poem)
+            forms = [form for form in FORMS.values() if verse_lines(read_poem(poem)[1], form)]
+            assert (problem is None) == (not forms)
+            if problem is None:
+                continue
+            verdict = whole.verify(problem, read_poem(poem)[1])
+            assert verdict.measures["form"] == 1
+            rhymes = verdict.measures["rhyme"] == 1
+            assert (problem.data["rhyme"] is not None) == rhymes
+            assert verdict.measures.get("asked_rhyme", 1) == 1
+            # What keeps every rule is asked for as before.
+            assert (strict.problem_of(poem) is not None) == (verdict.reward == 1)
+            rhyming[rhymes] += 1
+        assert min(rhyming.values()) > 100
+        for problem in problems(whole, "train", 0, range(1, 5), 100):
+            for thought in (False, True):
+                response = whole.solution(problem, random.Random(0), thought=thought)
+                assert whole.verify(problem, response).measures["form"] == 1
+
+    def test_a_class_that_is_not_asked_for_is_not_named(self) -> None:
+        assert Verse(rhymes=["庚"], strict=False).problem_of(POEM) == make_problem(
+            FORMS["五绝"], None, "登鹳雀楼"
+        )
+        assert Verse(rhymes=["庚"]).problem_of(POEM) is None
+
+    def test_titles_of_a_corpus_are_asked_for(self) -> None:
+        titles = poem_titles(some_poems(), longest=6)
+        assert len(set(titles)) == len(titles) > 200
+        assert all(len(title) <= 6 for title in titles)
+        asked = {p.data["title"] for p in problems(Verse(titles=titles), "train", 0, [1], 200)}
+        assert asked <= set(titles)
+        assert len(asked) > 100
 
 
 @pytest.mark.long

@@ -18,9 +18,12 @@ import torch
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.runs.toml import dump_toml
-from qiusuo.training import train as trainer
+from qiusuo.training.beginning import attach_adapter, build_model
+from qiusuo.training.life import StageLife
 from qiusuo.training.recipe import Recipe, parse_recipe
+from qiusuo.training.scene import Scene
 from qiusuo.training.train import resume_run, start_run, train
+from qiusuo.training.vocabulary import run_tokenizer
 
 STEPS = 24
 OFTEN: dict[str, Any] = {
@@ -95,6 +98,18 @@ def recipe_for(corpus: Path | str, **changes: Any) -> Recipe:
     return parse_recipe(recipe_table(corpus, **changes))
 
 
+def scene_of(recipe: Recipe, path: Path, stage: str | None = None) -> Scene[Any]:
+    """What a stage (the first where none is named) of a new run in a new folder begins with; its
+    records are added to the list ``scene.record.__self__``."""
+    run = start_run(recipe, path)
+    section = recipe.stages[0] if stage is None else recipe.stage(stage)
+    tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
+    model = build_model(recipe, tokenizer)
+    adapter = attach_adapter(recipe, model)
+    records: list[dict[str, Any]] = []
+    return Scene(recipe, section, run, tokenizer, model, adapter, records.append)
+
+
 def live(recipe: Recipe, path: Path, **how: Any) -> bool:
     """A new run in this process."""
     with start_run(recipe, path) as run:
@@ -117,14 +132,14 @@ def live_until(recipe: Recipe, path: Path, step: int) -> None:
 
 def interrupt_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C as soon as the step is in the log, before it is over."""
-    note = trainer._StageLife.note
+    note = StageLife.note
 
     def note_and_interrupt(self: Any, record: dict[str, Any]) -> None:
         note(self, record)
         if (record["kind"], record["step"]) == ("step", step):
             signal.raise_signal(signal.SIGINT)
 
-    patch.setattr(trainer._StageLife, "note", note_and_interrupt)
+    patch.setattr(StageLife, "note", note_and_interrupt)
 
 
 def write_recipe(path: Path, table: dict[str, Any]) -> Path:

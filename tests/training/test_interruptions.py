@@ -151,7 +151,7 @@ def test_interrupted_before_the_first_step(corpus: Path, tmp_path: Path) -> None
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qiusuo.training.train.prepare", refuse)
+        patch.setattr("qiusuo.training.vocabulary.prepare", refuse)
         with pytest.raises(KeyboardInterrupt):
             lives.live(lives.recipe_for(corpus, steps=2), tmp_path / "run")
     assert lives.state_of(tmp_path / "run") == "interrupted"
@@ -165,7 +165,7 @@ def test_killed_between_the_last_checkpoint_and_the_end(
         raise SystemExit  # nothing in the way catches it, as with a kill
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qiusuo.training.train.finish_run", die)
+        patch.setattr("qiusuo.training.life.finish_run", die)
         with pytest.raises(SystemExit):
             lives.live(lives.recipe_for(corpus), tmp_path / "run")
     assert lives.go_on(tmp_path / "run")

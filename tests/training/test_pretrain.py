@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qiusuo.data.loader import Loader
 from qiusuo.engine.loading import load
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
-from qiusuo.training import pretrain
+from qiusuo.training import steps
 from qiusuo.training.losses import language_model_losses, make_window
-from qiusuo.training.optimizers import build_optimizers
-from qiusuo.training.pretrain import Pretraining, TrainingError
-from qiusuo.training.recipe import PretrainStage, parse_recipe
-from qiusuo.training.state import StageState
-from qiusuo.training.train import build_model, prepare
+from qiusuo.training.pretrain import Pretraining
+from qiusuo.training.recipe import parse_recipe
+from qiusuo.training.scene import TrainingError
+from qiusuo.training.stages import PretrainStage
 from tests.training import lives
 
 
@@ -31,22 +31,20 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
 
 
-def pretraining(corpus: Path, **stage: Any) -> Pretraining:
-    stage = {"precision": "float32", **stage}
-    recipe = lives.recipe_for(corpus, model={"num_nextn_predict_layers": 2}, **stage)
-    [section] = recipe.stages
-    data = prepare(recipe, section)
-    model = build_model(recipe, data.tokenizer)
-    loader = Loader(
-        data.train,
-        batch_size=section.batch_size,
-        sequence_length=section.sequence_length,
-        lookahead=2,
-        seed=1,
-    )
-    optimizers = build_optimizers(model, section.optimizer)
-    state = StageState(model, optimizers, loader, section.name, section.steps)
-    return Pretraining(section, state, lambda record: None)
+Make = Callable[..., Pretraining]
+
+
+@pytest.fixture
+def pretraining(corpus: Path, tmp_path: Path) -> Make:
+    """Makes the steps of the tiny recipe with some keys changed, each in a folder of its own."""
+    numbers = itertools.count()
+
+    def make(**stage: Any) -> Pretraining:
+        stage = {"precision": "float32", **stage}
+        recipe = lives.recipe_for(corpus, model={"num_nextn_predict_layers": 2}, **stage)
+        return Pretraining(lives.scene_of(recipe, tmp_path / f"made-{next(numbers)}"))
+
+    return make
 
 
 def gradients_of_one_step(training: Pretraining) -> tuple[Any, dict[str, Tensor]]:
@@ -58,7 +56,7 @@ def gradients_of_one_step(training: Pretraining) -> tuple[Any, dict[str, Tensor]
         return 1.0
 
     training.apply_gradients = keep
-    return training.one_step(next(iter(training.state.loader))), found
+    return training.one_step(), found
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -70,26 +68,28 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("isolate", [False, True], ids=["joined", "isolated"])
 @pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_add_up_to_the_batch(corpus: Path, size: int, isolate: bool) -> None:
+def test_micro_batches_add_up_to_the_batch(
+    corpus: Path, pretraining: Make, size: int, isolate: bool
+) -> None:
     data = {"corpora": [{"source": str(corpus)}], "isolate_documents": isolate}
     how = {"data": data, "balance": {"sequence_weight": 0.5}}
-    whole = pretraining(corpus, **how, micro_batch_size=None)
-    parts = pretraining(corpus, **how, micro_batch_size=size)
+    whole = pretraining(**how, micro_batch_size=None)
+    parts = pretraining(**how, micro_batch_size=size)
     one, expected = gradients_of_one_step(whole)
     many, found = gradients_of_one_step(parts)
     assert_close(found, expected)
     assert many.loss == pytest.approx(one.loss, rel=1e-5)
-    assert many.mtp_loss == pytest.approx(one.mtp_loss, rel=1e-5)
-    assert many.balance_loss == pytest.approx(one.balance_loss, rel=1e-5)
+    assert many.more["mtp_loss"] == pytest.approx(one.more["mtp_loss"], rel=1e-5)
+    assert many.more["balance_loss"] == pytest.approx(one.more["balance_loss"], rel=1e-5)
     assert many.tokens == one.tokens
     for layer, count_E in whole.load.counts.items():
         assert torch.equal(parts.load.counts[layer], count_E)
 
 
-def test_a_step_minimises_the_papers_sum(corpus: Path) -> None:
+def test_a_step_minimises_the_papers_sum(pretraining: Make) -> None:
     """CE + λ/D · Σ CE_k + α · Σ balance, each mean over its own tokens."""
-    training = pretraining(corpus, mtp_weight=0.7, balance={"sequence_weight": 0.2})
-    batch = next(iter(pretraining(corpus).state.loader))
+    training = pretraining(mtp_weight=0.7, balance={"sequence_weight": 0.2})
+    batch = next(iter(pretraining().state.feed))
     result, found = gradients_of_one_step(training)
     model = training.state.model
     window = make_window(batch.tokens_BS, batch.documents_BS, batch.valid_BS, 2, True)
@@ -103,11 +103,11 @@ def test_a_step_minimises_the_papers_sum(corpus: Path) -> None:
     assert_close(found, dict(zip(names, gradients, strict=True)))
     assert result.tokens == counts[0]
     assert result.loss == pytest.approx(losses.main.item() / counts[0], rel=1e-5)
-    assert result.mtp_loss == pytest.approx([mean.item() for mean in means], rel=1e-5)
+    assert result.more["mtp_loss"] == pytest.approx(sum(means).item() / 2, rel=1e-5)
 
 
-def test_gradients_are_clipped_and_the_norm_told_before(corpus: Path) -> None:
-    training = pretraining(corpus, optimizer={"clip": 0.5})
+def test_gradients_are_clipped_and_the_norm_told_before(pretraining: Make) -> None:
+    training = pretraining(optimizer={"clip": 0.5})
     seen: list[float] = []
 
     class Recorder:
@@ -128,13 +128,16 @@ def test_gradients_are_clipped_and_the_norm_told_before(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_gradients_that_are_not_finite_never_reach_the_weights(corpus: Path, bad: float) -> None:
-    training = pretraining(corpus)
+def test_gradients_that_are_not_finite_never_reach_the_weights(
+    pretraining: Make, bad: float
+) -> None:
+    training = pretraining()
     before = {name: p.detach().clone() for name, p in training.state.model.named_parameters()}
     for parameter in training.state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     training.state.model.lm_head.weight.grad[0, 0] = bad
-    training.apply_gradients(1.0)
+    with pytest.raises(TrainingError, match="not finite"):
+        training.apply_gradients(1.0)
     for name, parameter in training.state.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
@@ -147,10 +150,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     good = (lives.last_checkpoint(run) / "state.pt").read_bytes()
     one_step = Pretraining.one_step
 
-    def poisoned(self: Pretraining, batch: Any) -> Any:
+    def poisoned(self: Pretraining) -> Any:
         if self.state.step == 11:
             self.state.model.lm_head.weight.data[3, 3] = float("nan")
-        return one_step(self, batch)
+        return one_step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pretraining, "one_step", poisoned)
@@ -175,7 +178,7 @@ def fake_clock(patch: pytest.MonkeyPatch, seconds: float) -> None:
         now[0] += seconds
         return now[0]
 
-    patch.setattr(pretrain, "time", SimpleNamespace(perf_counter=tick))
+    patch.setattr(steps, "time", SimpleNamespace(perf_counter=tick))
 
 
 def rates(run: Path) -> list[float]:
@@ -260,12 +263,12 @@ def test_every_kind_of_model_learns(
     assert lm.config.tie_word_embeddings == model.get("tie_word_embeddings", False)
 
 
-def test_precisions_agree_at_first(corpus: Path) -> None:
+def test_precisions_agree_at_first(pretraining: Make) -> None:
     results = []
     for precision in ("float32", "bfloat16"):
-        training = pretraining(corpus, precision=precision)
+        training = pretraining(precision=precision)
         assert training.dtype == getattr(torch, precision)
-        results.append(training.one_step(next(iter(training.state.loader))).loss)
+        results.append(training.one_step().loss)
     assert results[0] == pytest.approx(results[1], rel=5e-3)
     assert results[0] != results[1]
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qiusuo.training.recipe import ScheduleSection
 from qiusuo.training.schedule import learning_rate_share
+from qiusuo.training.stages import ScheduleSection
 
 
 def shares(schedule: ScheduleSection, steps: int) -> list[float]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qiusuo.data.shards import Shards
 from qiusuo.model.transformer import Transformer
-from qiusuo.training.train import build_model, prepare
+from qiusuo.training.beginning import build_model
 from qiusuo.training.validation import validate
+from qiusuo.training.vocabulary import prepare
 from tests.training import lives
 
 LENGTH = 16

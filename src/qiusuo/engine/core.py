@@ -31,6 +31,7 @@ from qiusuo.model.transformer import Transformer
 # N tokens of a pass.
 
 CACHE_SHARE = 0.3  # of the free memory, where no one says how much
+SHORT_PROMPT = 256  # tokens; longer ones gain nothing side by side
 FIXED_ROWS = 16  # of a product in the batch-invariant mode
 
 
@@ -255,12 +256,15 @@ class Engine:
 
     def _forward(self, plan: list[Work]) -> Pass:
         """Single new tokens side by side, in groups of equally many drafts and of about equal
-        length, since a group is padded to its longest; prompts one by one."""
-        answers: dict[tuple[int, int], list[Work]] = defaultdict(list)
-        for work in plan:
-            if work.count == 1:
-                answers[len(work.drafts), work.sequence.length.bit_length()].append(work)
-        batches = [*answers.values(), *([work] for work in plan if work.count > 1)]
+        length, since a group is padded to its longest; short prompts by those of equal length,
+        which need none; other prompts one by one."""
+        alike: dict[tuple[int, int, int], list[Work]] = defaultdict(list)
+        for number, work in enumerate(plan):
+            about = work.sequence.length.bit_length()
+            if work.count > SHORT_PROMPT or (work.count > 1 and about > 0):
+                about = -1 - number  # alone
+            alike[work.count, len(work.drafts), about].append(work)
+        batches = list(alike.values())
         groups = [group for works in batches for group in self._groups(works)]
         plan = [work for works in batches for work in works]
         lengths = [work.sequence.length for work in plan]
@@ -270,7 +274,7 @@ class Engine:
         for work, length in zip(plan, lengths, strict=True):
             starts.append(len(tokens_N))
             tokens_N += work.tokens
-            positions_N += range(length, length + len(work.tokens))
+            positions_N += range(length, length + len(tokens_N) - starts[-1])
         tokens_1N = torch.tensor([tokens_N], device=self.device)
         positions_1N = torch.tensor([positions_N], device=self.device)
         hidden = self.model(tokens_1N, positions_1N, groups=groups)

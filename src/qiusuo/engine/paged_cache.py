@@ -97,7 +97,7 @@ class PagedCache:
 class PagedGroup:
     """A ``model.groups.Group`` on pages. Where everything stands is found once and holds for all
     layers. A lone sequence whose pages lie side by side is looked at where it is; others are
-    gathered, and all if ``gather``."""
+    gathered, and all if ``gather``. Sequences of one length need no mask."""
 
     cache: PagedCache
     sequences: Sequence[Kept]
@@ -125,7 +125,7 @@ class PagedGroup:
             first = tables[0][0]
             if not self.gather and tables[0] == list(range(first, first + needed)):
                 self.first_page = first
-        else:
+        elif min(lengths) < max(lengths):
             place_S = torch.arange(self.seen, device=device)
             self.mask_BTS = place_S <= place_BT[..., None]
 

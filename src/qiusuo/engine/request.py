@@ -7,12 +7,13 @@ import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qiusuo.engine.sampler import Drawn
+from qiusuo.engine.sampler import Drawn, looks_back
 from qiusuo.engine.sampling import Sampling
 from qiusuo.model.config import ModelConfig
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 MOST_ANSWERS = 8192  # to one request
+LOOSE_PIECES = 64
 
 
 class RequestError(ValueError):
@@ -87,6 +89,17 @@ class Request:
             seeded = replace(self.sampling, seed=secrets.randbits(64))
             object.__setattr__(self, "sampling", seeded)
 
+    @cached_property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on the tokens before it, and not on their logits alone."""
+        return looks_back(self.sampling)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """All tokens that end an answer to it; asked for at every token."""
+        own = frozenset() if self.sampling.ignore_eos else self.end_ids
+        return own | self.sampling.stop_ids
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -109,6 +122,7 @@ class Sequence:
     prompt_drawn: list[Drawn] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # [tokens, MoE layers, K] of each piece
     routed: int = 0  # tokens that ``experts`` tells of
+    loose: int = 0  # of its last pieces, to be joined when they are many
     swapped: bool = False  # some of ``experts`` were chosen by other weights
     refused: tuple[int, int] | None = None  # while it waits: pages free, and of it shared
     cached_tokens: int = 0  # of the prompt, found in the cache before it answered
@@ -129,8 +143,13 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     def add_experts(self, experts_NLK: Tensor) -> None:
+        """May be a view of a whole pass: it does not hold that for long."""
         self.experts.append(experts_NLK)
         self.routed += len(experts_NLK)
+        self.loose += 1
+        if self.loose == LOOSE_PIECES:
+            self.experts[-self.loose :] = [torch.cat(self.experts[-self.loose :])]
+            self.loose = 0
 
     def experts_between(self, start: int, stop: int) -> Tensor:
         """A copy of the choices for some of the last tokens, [tokens, MoE layers, K]."""

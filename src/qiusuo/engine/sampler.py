@@ -5,9 +5,9 @@ random number comes from Philox, a generator that is a function of a key (seed, 
 counter (the place), not of what was drawn before. So neither the batch, nor the order of work, nor
 a draft that is drawn ahead and thrown away can change an answer.
 
-Every row is worked on by itself, in numpy, which has no threads whose number could change a sum.
-No row is sorted whole unless its nucleus needs it: a partition finds the largest few, and what
-survives is drawn from in the order of ids.
+Every row is worked on by itself, in numpy, which has no threads whose number could change a sum;
+rows that ask for nothing but a temperature go side by side, to the same bits (plain_draws.py).
+What may be drawn from a row, and where in it a number falls, is in candidates.py.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qiusuo.engine.candidates import (
+    Floats,
+    candidates,
+    filtered,
+    largest_of,
+    mass_of,
+    place_of,
+    weights_of,
+)
+from qiusuo.engine.philox import uniform
+from qiusuo.engine.plain_draws import FEWEST, WIDEST, draw_plain
 from qiusuo.engine.sampling import Sampling
 
-# R rows, W vocabulary, K tokens that survive the filters.
-
-TINY = 1e-20  # a lower temperature draws the same, until logits over it overflow float32
-FIRST_LOOK = 1024  # tokens looked at first for a nucleus
-BLOCK = 256  # tokens summed at once where all of a vocabulary is drawn from
-
-Floats = NDArray[np.floating]
-Ids = NDArray[np.int64]
+# R rows, W vocabulary.
 
 
 @dataclass
@@ -72,7 +76,68 @@ class BadLogits:
 def draw(logits_RW: Tensor, rows: Sequence[Row]) -> list[Drawn | BadLogits]:
     """One token per row of float logits [R, W]; a bad row spoils no other."""
     all_RW = _array(logits_RW)
-    return [_draw_row(logits_W, row) for logits_W, row in zip(all_RW, rows, strict=True)]
+    plain: list[int] = []
+    if len(rows) >= FEWEST and all_RW.shape[1] <= WIDEST:
+        plain = _plain(all_RW, rows)
+    if len(plain) < FEWEST:
+        return [_draw_row(logits_W, row) for logits_W, row in zip(all_RW, rows, strict=True)]
+    together = _draw_together(all_RW, rows, plain)
+    if len(plain) == len(rows):
+        return list(together)
+    drawn: dict[int, Drawn | BadLogits] = dict(zip(plain, together, strict=True))
+    return [
+        drawn[place] if place in drawn else _draw_row(all_RW[place], row)
+        for place, row in enumerate(rows)
+    ]
+
+
+def _plain(all_RW: Floats, rows: Sequence[Row]) -> list[int]:
+    """Those of which logits and a temperature are all that decides, and nothing is to be told but
+    the token. What is wrong with a row whose logits are not numbers is told by itself."""
+    finite_R = np.isfinite(all_RW.max(1)).tolist()
+    # Looked at once where answers share it, as those to one request do.
+    asked = {id(row.sampling): row.sampling for row in rows}
+    plain = {number for number, sampling in asked.items() if _only_tempered(sampling)}
+    return [
+        place
+        for place, (row, finite) in enumerate(zip(rows, finite_R, strict=True))
+        if finite and id(row.sampling) in plain and row.allowed_W is None and not row.banned
+    ]
+
+
+def _only_tempered(sampling: Sampling) -> bool:
+    drawable = sampling.seed is not None or sampling.temperature == 0
+    return drawable and not (
+        sampling.logprobs or filtered(sampling) or sampling.logit_bias or looks_back(sampling)
+    )
+
+
+def _changed(row: Row) -> bool:
+    """Whether something is done to the logits before it is drawn from them."""
+    sampling = row.sampling
+    return bool(
+        row.allowed_W is not None or row.banned or sampling.logit_bias or looks_back(sampling)
+    )
+
+
+def looks_back(sampling: Sampling) -> bool:
+    """Whether a draw depends on the tokens before it: else a row may leave them out."""
+    return sampling.repetition_penalty != 1 or _counted(sampling)
+
+
+def _counted(sampling: Sampling) -> bool:
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+def _draw_together(all_RW: Floats, rows: Sequence[Row], plain: list[int]) -> list[Drawn]:
+    """``_draw_row`` for plain rows, side by side."""
+    logits_RW = all_RW if len(plain) == len(rows) else all_RW[plain]
+    chosen = [rows[place] for place in plain]
+    seeds = [row.sampling.seed or 0 for row in chosen]
+    choices, positions = [row.choice for row in chosen], [row.position for row in chosen]
+    numbers = (np.array(words, np.uint64) for words in (seeds, choices, positions))
+    temperature_R = np.array([row.sampling.temperature for row in chosen], np.float64)
+    return list(map(Drawn, *draw_plain(np.ascontiguousarray(logits_RW), temperature_R, *numbers)))
 
 
 def token_logprobs(
@@ -85,49 +150,6 @@ def token_logprobs(
         bad = _fault(largest)
         answers.append(bad or _told(logits_W, largest, int(target), top))
     return answers
-
-
-def uniform(seed: int, choice: int, position: int) -> float:
-    """The number in [0, 1) that decides the token at this place of this answer."""
-    key = np.array([seed, choice], dtype=np.uint64)
-    counter = np.array([position, 0, 0, 0], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
-
-
-def candidates(logits_W: Floats, sampling: Sampling) -> tuple[Ids, Floats]:
-    """What may be drawn at a temperature above 0: ids [K], ascending, and their weights [K],
-    which are probabilities but for a common factor.
-
-    Temperature, top-k, top-p and min-p in transformers' order and to its rules: tokens that tie
-    with the k-th stay; the nucleus is the fewest tokens whose mass reaches ``top_p`` (here, of
-    equals, the lower ids)."""
-    largest = logits_W.max()
-    ids_K, values_K = _unmasked(logits_W)
-    if sampling.top_k is not None and sampling.top_k < len(values_K):
-        kept = np.flatnonzero(values_K >= _largest(values_K, sampling.top_k).min())
-        ids_K, values_K = _narrowed(ids_K, kept), values_K[kept]
-    weights_K = _weights(values_K, largest, sampling.temperature)  # that of the likeliest is 1
-    if sampling.top_p < 1:
-        kept = _nucleus(values_K, weights_K, sampling)
-        ids_K, weights_K = _narrowed(ids_K, kept), weights_K[kept]
-    if sampling.min_p > 0:
-        kept = np.flatnonzero(weights_K >= sampling.min_p)
-        ids_K, weights_K = _narrowed(ids_K, kept), weights_K[kept]
-    return np.arange(len(logits_W)) if ids_K is None else ids_K, weights_K
-
-
-def _unmasked(logits_W: Floats) -> tuple[Ids | None, Floats]:
-    """Ids (None: all) and logits, without the masked ones where those are most: partitions are
-    slow on very many equals."""
-    allowed_W = logits_W > -np.inf
-    if 2 * np.count_nonzero(allowed_W) > len(logits_W):
-        return None, logits_W
-    ids_K = np.flatnonzero(allowed_W)
-    return ids_K, logits_W[ids_K]
-
-
-def _narrowed(ids_K: Ids | None, kept: Ids) -> Ids:
-    return kept if ids_K is None else ids_K[kept]
 
 
 def _draw_row(logits_W: Floats, row: Row) -> Drawn | BadLogits:
@@ -149,86 +171,27 @@ def _draw_row(logits_W: Floats, row: Row) -> Drawn | BadLogits:
 
 def _pick(adjusted_W: Floats, sampling: Sampling, number: float) -> int:
     """The token at which the running mass passes ``number`` of the whole."""
-    if sampling.top_k is None and sampling.top_p == 1 and sampling.min_p == 0:
-        weights_W = _weights(adjusted_W, adjusted_W.max(), sampling.temperature)
-        return _place(weights_W, number * _mass(weights_W))
+    if not filtered(sampling):
+        weights_W = weights_of(adjusted_W, adjusted_W.max(), sampling.temperature)
+        return place_of(weights_W, number * mass_of(weights_W))
     ids_K, weights_K = candidates(adjusted_W, sampling)
-    return int(ids_K[_place(weights_K, number * _mass(weights_K))])
-
-
-def _mass(weights_K: Floats) -> float:
-    return float(weights_K.sum(dtype=np.float64))
-
-
-def _place(weights_K: Floats, target: float) -> int:
-    """The first place at which the running sum is above ``target``.
-
-    First the block that holds it, then the place in there: the running sum of a whole vocabulary
-    costs more than all the rest of a draw."""
-    whole = len(weights_K) // BLOCK * BLOCK
-    blocks = weights_K[:whole].reshape(-1, BLOCK).sum(1, dtype=np.float64)
-    sums = np.append(blocks, _mass(weights_K[whole:])).cumsum()
-    block = _first_above(sums, target)
-    before = float(sums[block - 1]) if block else 0.0
-    inside = weights_K[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
-    return block * BLOCK + _first_above(inside, target - before)
-
-
-def _first_above(sums: Floats, target: float) -> int:
-    """Where rising sums pass ``target``; rounding never leads to a place of no weight."""
-    below_all = math.nextafter(float(sums[-1]), 0.0)
-    return int(np.searchsorted(sums, min(max(target, 0.0), below_all), side="right"))
-
-
-def _weights(values_K: Floats, largest: np.floating, temperature: float) -> Floats:
-    with np.errstate(over="ignore"):  # to -inf: a weight of 0
-        gaps_K = values_K - largest
-        if temperature != 1:
-            gaps_K /= min(max(temperature, TINY), 1 / TINY)
-    return np.exp(gaps_K, out=gaps_K)
-
-
-def _largest(values_K: Floats, count: int) -> Floats:
-    """The ``count`` largest, in no order."""
-    return np.partition(values_K, len(values_K) - count)[len(values_K) - count :]
-
-
-def _nucleus(values_K: Floats, weights_K: Floats, sampling: Sampling) -> Ids:
-    """Places of the fewest tokens whose mass reaches ``top_p`` of all."""
-    wanted = sampling.top_p * _mass(weights_K)
-    largest = values_K.max()
-    looked_at = min(FIRST_LOOK, len(values_K))
-    while True:
-        sorted_K = np.sort(_largest(values_K, looked_at))[::-1]
-        sorted_weights_K = _weights(sorted_K, largest, sampling.temperature)
-        if looked_at == len(values_K) or _mass(sorted_weights_K) >= wanted:
-            break
-        looked_at = min(8 * looked_at, len(values_K))
-    size = _place(sorted_weights_K, math.nextafter(wanted, 0.0)) + 1  # at which it is reached
-    least = sorted_K[size - 1]
-    kept = np.flatnonzero(values_K >= least)
-    if len(kept) > size:  # of the equals at the edge only the first
-        equals = np.flatnonzero(values_K[kept] == least)
-        kept = np.delete(kept, equals[size - len(kept) :])
-    return kept
+    return int(ids_K[place_of(weights_K, number * mass_of(weights_K))])
 
 
 def _adjusted(logits_W: Floats, row: Row) -> Floats:
     """Logits with bias, penalties and mask; the same array where the request has none."""
-    sampling = row.sampling
-    repeated = sampling.repetition_penalty != 1
-    counted = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-    if not (sampling.logit_bias or repeated or counted or row.banned) and row.allowed_W is None:
+    if not _changed(row):
         return logits_W
+    sampling = row.sampling
     adjusted_W = logits_W.copy()
     for token, bias in sampling.logit_bias.items():
         if token < len(adjusted_W):
             adjusted_W[token] += bias
-    if repeated:
+    if sampling.repetition_penalty != 1:
         seen = np.concatenate([np.asarray(p, np.int64) for p in (row.prompt, row.answer)])
         was, penalty = adjusted_W[seen], sampling.repetition_penalty
         adjusted_W[seen] = np.where(was < 0, was * penalty, was / penalty)  # once, however often
-    if counted:
+    if _counted(sampling):
         ids, counts = np.unique(np.asarray(row.answer, np.int64), return_counts=True)
         adjusted_W[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     allowed_W = _allowed(len(adjusted_W), row)
@@ -251,11 +214,11 @@ def _allowed(width: int, row: Row) -> NDArray[np.bool_] | None:
 
 def _told(logits_W: Floats, largest: float, token: int, top: int) -> Drawn:
     """A token with its log probability, and the likeliest with theirs."""
-    log_mass = math.log(float(_weights(logits_W, np.float32(largest), 1.0).sum()))
+    log_mass = math.log(float(weights_of(logits_W, np.float32(largest), 1.0).sum()))
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
         count = min(top, len(logits_W))
-        ids = np.flatnonzero(logits_W >= _largest(logits_W, count).min())
+        ids = np.flatnonzero(logits_W >= largest_of(logits_W, count).min())
         ids = ids[np.argsort(-logits_W[ids], kind="stable")][:count]
         likeliest = tuple((int(i), float(logits_W[i]) - largest - log_mass) for i in ids)
     return Drawn(token, float(logits_W[token]) - largest - log_mass, likeliest)

@@ -57,25 +57,28 @@ class Scheduler:
         while self._admit():
             pass
         self.running.sort(key=lambda sequence: sequence.rank)
-        shares = self._shares()
+        shares, preempted = self._shares(), self.preempted
         plan: list[Work] = []
         for sequence in list(self.running):
-            if sequence not in self.running:  # preempted by one before it
+            # Preempted by one before it; looking through all of them is slow where they are many.
+            if self.preempted > preempted and sequence not in self.running:
                 continue
             if sequence.pending > 1:
                 work = Work(sequence, shares[sequence])
             else:
-                work = Work(sequence, 1, self._affordable(sequence))
-            if work.count and self._make_room(sequence, len(work.tokens)):
+                work = Work(sequence, 1, self._affordable(sequence) if sequence.drafts else ())
+            if work.count and self._make_room(sequence, work.count + len(work.drafts)):
                 plan.append(work)
         return plan
 
     def _shares(self) -> dict[Sequence, int]:
         """Tokens of each prompt in the next pass: what answers leave is shared out evenly, so that
         a short prompt does not wait for a long one; what is left of a share goes by rank."""
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        if not prompts:
+            return {}
         answering = sum(1 + len(s.drafts) for s in self.running if s.pending == 1)
         left = max(self.step_tokens - answering, self.cache.page_tokens)
-        prompts = [sequence for sequence in self.running if sequence.pending > 1]
         shares: dict[Sequence, int] = {}
         for place, sequence in enumerate(prompts):
             fair = max(self.cache.page_tokens, left // (len(prompts) - place))
@@ -238,10 +241,12 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Pages for ``count`` more tokens; False if only others of higher rank could give them."""
-        place = sequence.length // self.cache.page_tokens
-        missing = max(0, self.cache.pages_for(sequence.length + count) - len(sequence.pages))
+        place, held = sequence.length // self.cache.page_tokens, len(sequence.pages)
+        missing = max(0, self.cache.pages_for(sequence.length + count) - held)
         # A page that a fork has in common is copied before one of them writes on.
-        copied = place < len(sequence.pages) and self.pool.shared(sequence.pages[place])
+        copied = place < held and self.pool.shared(sequence.pages[place])
+        if not missing and not copied:
+            return True
         while missing + copied > self.pool.available:
             victim = max(self.running, key=lambda s: s.rank)
             self.preempt(victim)

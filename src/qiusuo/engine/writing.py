@@ -13,12 +13,14 @@ from torch import Tensor
 
 from qiusuo.engine.drafting import Pass
 from qiusuo.engine.report import Statistics
-from qiusuo.engine.request import Request, Sequence
+from qiusuo.engine.request import Sequence
 from qiusuo.engine.sampler import BadLogits, Drawn, Row, draw, token_logprobs
 from qiusuo.engine.scheduler import Scheduler
 from qiusuo.model.transformer import Transformer
 
 # R rows that want logits, D hidden, W vocabulary.
+
+NONE: frozenset[int] = frozenset()
 
 Drawing = tuple[Sequence, int, tuple[int, ...]]  # who draws, from which row, its drafts from there
 
@@ -34,10 +36,13 @@ class Writer:
         """Draw a token wherever a sequence has reached its end, and on as long as drafts hold."""
         drawing = [place for place, work in enumerate(done.plan) if work.draws]
         touched: list[Sequence] = []
+        chosen_NLK = None
+        if any(work.sequence.request.keep_experts for work in done.plan):
+            chosen_NLK = done.experts(0, len(done.hidden_ND))
         for place, work in enumerate(done.plan):
             work.sequence.length += work.count
             work.sequence.drafts = []
-            self._keep_experts(done, place)
+            self._keep_experts(done, place, chosen_NLK)
             if not self._read_prompt(done, place):
                 touched += [work.sequence, *work.sequence.siblings]
         drawing = [place for place in drawing if done.plan[place].sequence.finish_reason is None]
@@ -60,12 +65,15 @@ class Writer:
         while going:
             going = self._draw(going, logits_RW)
         for place in drawing:
-            self._keep_experts(done, place)  # of drafts that were right
+            if done.plan[place].drafts:
+                self._keep_experts(done, place, chosen_NLK)  # of those that were right
         return touched
 
     def _with_siblings(self, sequence: Sequence) -> list[Sequence]:
         """A sequence that has read its prompt, and those that were waiting for it to: they share
         its pages from now on."""
+        if not sequence.siblings:
+            return [sequence]
         sequence.siblings = [one for one in sequence.siblings if one.finish_reason is None]
         for sibling in sequence.siblings:
             self.scheduler.pool.hold(sequence.pages)
@@ -73,7 +81,8 @@ class Writer:
             sibling.cached_tokens = sequence.length
             sibling.outdated = sequence.outdated
             sibling.prompt_drawn = sequence.prompt_drawn
-            sibling.experts, sibling.routed = list(sequence.experts), sequence.routed
+            sibling.experts, sibling.loose = list(sequence.experts), sequence.loose
+            sibling.routed = sequence.routed
             sibling.swapped = sequence.swapped
             self.scheduler.running.append(sibling)
         return [sequence, *sequence.siblings]
@@ -118,22 +127,17 @@ class Writer:
         return able, rows
 
     def _row(self, sequence: Sequence) -> Row:
-        sampling, request = sequence.request.sampling, sequence.request
-        early = sequence.answered < sampling.min_tokens
+        request, answered = sequence.request, sequence.answered
+        early = answered < request.sampling.min_tokens
         return Row(
-            sampling=sampling,
+            sampling=request.sampling,
             prompt=request.prompt,
-            answer=sequence.answer,
-            position=sequence.answered,
+            answer=sequence.answer if request.looks_back else (),
+            position=answered,
             choice=sequence.choice,
             allowed_W=None if sequence.matcher is None else sequence.matcher.allowed(),
-            banned=self._ends(request) if early else frozenset(),
+            banned=request.ends if early else NONE,
         )
-
-    @staticmethod
-    def _ends(request: Request) -> frozenset[int]:
-        own = frozenset() if request.sampling.ignore_eos else request.end_ids
-        return own | request.sampling.stop_ids
 
     @staticmethod
     def _fail(sequence: Sequence, reason: str) -> None:
@@ -149,7 +153,7 @@ class Writer:
         self.statistics.drawn += 1
         if sequence.matcher is not None:
             sequence.matcher.advance(drawn.token)
-        reason = "stop" if drawn.token in self._ends(request) else None
+        reason = "stop" if drawn.token in request.ends else None
         if sequence.on_token is not None:
             reason = sequence.on_token(sequence, drawn) or reason
             reason = sequence.finish_reason or reason  # it may have cancelled itself
@@ -178,12 +182,13 @@ class Writer:
             sequence.prompt_drawn.append(told)
         return True
 
-    def _keep_experts(self, done: Pass, place: int) -> None:
+    @staticmethod
+    def _keep_experts(done: Pass, place: int, chosen_NLK: Tensor | None) -> None:
         """The routers' choices for the tokens that are in the cache now, each once."""
         sequence = done.plan[place].sequence
-        if sequence.request.keep_experts:
+        if chosen_NLK is not None and sequence.request.keep_experts:
             # What was preempted is computed twice.
             first, stop = max(0, sequence.routed - done.lengths[place]), done.kept(place)
             if first < stop:
                 start = done.starts[place]
-                sequence.add_experts(done.experts(start + first, start + stop))
+                sequence.add_experts(chosen_NLK[start + first : start + stop])

@@ -162,7 +162,7 @@ class DeepseekConfig(ModelConfig):
 
     @classmethod
     def from_recipe(cls, table: Mapping[str, Any]) -> Self:
-        if table.get("q_lora_rank") == 0:  # TOML has no null
+        if not table.get("q_lora_rank"):  # V3's own is a size, not a law; TOML has no null
             table = {**table, "q_lora_rank": None}
         return super().from_recipe(table)
 

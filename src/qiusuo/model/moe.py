@@ -3,6 +3,11 @@
 The router scores every expert for a token, keeps the best groups, then the best experts in them.
 In V3 (arXiv:2412.19437 §2.1.2) a bias per expert takes part in that choice but not in the weights:
 raising the bias of an idle expert sends it tokens without bending the loss.
+
+Reinforcement learning may replay the experts that were chosen when a text was sampled (R3,
+arXiv:2510.11370 §4): a score rounded otherwise, or weights that moved on, would run other experts
+than those that wrote it. Only the choice is replayed. The weights come from the live scores, so the
+router learns.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ class Router(nn.Module):
         bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None
         self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_MD: Tensor) -> Routing:
+    def forward(self, x_MD: Tensor, replayed_MK: Tensor | None = None) -> Routing:
+        """``replayed``: take these experts instead, but where a row begins with −1."""
         config = self.config
         with torch.autocast(x_MD.device.type, enabled=False):
             logits_ME = linear(x_MD.float(), self.weight.float(), rows=self.rows)
@@ -51,6 +57,8 @@ class Router(nn.Module):
         else:
             scores_ME = logits_ME.softmax(-1)
         indices_MK = self.choose(scores_ME.detach())
+        if replayed_MK is not None:
+            indices_MK = torch.where(replayed_MK[:, :1] < 0, indices_MK, replayed_MK.long())
         weights_MK = scores_ME.gather(1, indices_MK)
         if config.norm_topk_prob:
             weights_MK = weights_MK / (weights_MK.sum(-1, keepdim=True) + 1e-20)
@@ -106,9 +114,9 @@ class MoE(nn.Module):
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = MLP(config.hidden_size, width)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, replayed_MK: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_MD = x_BTD.flatten(0, 1)
-        routing = self.gate(x_MD)
+        routing = self.gate(x_MD, replayed_MK)
         out_BTD = self.experts(x_MD, routing).view_as(x_BTD)
         if self.shared_experts is not None:
             out_BTD = out_BTD + self.shared_experts(x_BTD)

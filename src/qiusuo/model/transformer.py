@@ -6,7 +6,7 @@ ours. MTP modules are layers too: number ``num_hidden_layers + k`` predicts the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -22,7 +22,8 @@ from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, MoE, Router, Routing
 from qiusuo.model.rope import rotations
 
-# B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs.
+# B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs, L MoE layers of the
+# main model, K experts of a token, M = B*T.
 
 
 class Hidden(NamedTuple):
@@ -37,6 +38,7 @@ class Context(NamedTuple):
 
     turns_BTP: Tensor
     groups: Sequence[Group]
+    replayed: Mapping[int, Tensor] = {}  # by layer number: experts [M, K] to take, see ``Router``
 
 
 class Block(nn.Module):
@@ -59,7 +61,7 @@ class Block(nn.Module):
         )
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            out_BTD, routing = self.mlp(normed_BTD)
+            out_BTD, routing = self.mlp(normed_BTD, context.replayed.get(self.layer))
             return x_BTD + out_BTD, routing
         return x_BTD + self.mlp(normed_BTD), None
 
@@ -144,11 +146,18 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
         groups: Sequence[Group] | None = None,
+        experts_BTLK: Tensor | None = None,
     ) -> Hidden:
         """Hidden states after the final norm. Without ``positions`` tokens count from 0; without
         ``mask`` every token sees itself and all before it. ``groups`` instead of a mask: tokens
-        [1, N] of many sequences, which see what their groups say."""
+        [1, N] of many sequences, which see what their groups say.
+
+        ``experts``: those to take again, as the engine's ``Completion.experts`` has them (MoE
+        layers in order, MTP modules left out); −1 where a token's are to be chosen now, as at the
+        end of a text and in padding. ValueError where they are of another shape or model."""
         context = self.context(tokens_BT, positions_BT, mask_BTS, groups)
+        if experts_BTLK is not None:
+            context = context._replace(replayed=self._by_layer(experts_BTLK, tokens_BT))
         x_BTD = self.model.embed_tokens(tokens_BT)
         routings: dict[int, Routing] = {}
         for block in self.model.main_blocks:
@@ -180,6 +189,26 @@ class Transformer(nn.Module):
             batch, tokens = tokens_BT.shape
             groups = (Whole(batch, tokens, mask_BTS),)
         return Context(rotations(self.config, positions_BT), groups)
+
+    def _by_layer(self, experts_BTLK: Tensor, tokens_BT: Tensor) -> dict[int, Tensor]:
+        """Experts to replay, by the number of their layer."""
+        layers = [one.layer for one in self.model.main_blocks if isinstance(one.mlp, MoE)]
+        config = self.config
+        if not layers or not isinstance(config, DeepseekConfig):
+            raise ValueError("experts to replay: this model has none")
+        wanted = (*tokens_BT.shape, len(layers), config.num_experts_per_tok)
+        if experts_BTLK.shape != wanted:
+            raise ValueError(
+                f"experts to replay {tuple(experts_BTLK.shape)}: {wanted} wanted, [rows, tokens, "
+                "MoE layers, experts of a token]"
+            )
+        if experts_BTLK.numel() and int(experts_BTLK.max()) >= config.n_routed_experts:
+            raise ValueError(
+                f"experts to replay: number {int(experts_BTLK.max())}, but the model has "
+                f"{config.n_routed_experts}; were they chosen by another model?"
+            )
+        each = experts_BTLK.flatten(0, 1).unbind(1)
+        return dict(zip(layers, each, strict=True))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Float32 logits [B, T, W] of hidden states."""

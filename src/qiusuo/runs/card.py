@@ -10,12 +10,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qiusuo.runs.durable import RunError, read_json, write_text
 from qiusuo.runs.facts import RunFacts, read_facts
+from qiusuo.runs.outcomes import accuracy_words, other_words
 from qiusuo.runs.summary import find_fact
 from qiusuo.runs.words import format_duration, format_fact, format_large
 
@@ -144,7 +145,35 @@ def _results(facts: RunFacts) -> str:
     for label, value, unit in facts.key_figures():
         if label.casefold() not in known:
             rows.append((label, f"{value} {unit}".strip()))
-    return _table(rows) or "The run logged no results."
+    parts = [_outcomes(facts), _table(rows)]
+    return "\n\n".join(part for part in parts if part) or "The run logged no results."
+
+
+def _outcomes(facts: RunFacts) -> str:
+    """The table of before and after, with a sentence on how to read it."""
+    outcomes = facts.outcomes()
+    if outcomes is None:
+        return ""
+    head = ["held-out problems", *(words for words, _ in outcomes.columns)]
+    lines = [_row(map(_plain, head)), _row(["---"] * len(head))]
+    for name, cells in outcomes.rows:
+        lines.append(_row([_plain(name), *map(_cell, cells)]))
+    interval = " (95% interval)" if outcomes.intervals else ""
+    words = f"Bold: the share of problems whose greedy answer is right{interval}; below it, of "
+    return "\n".join([*lines, "", words + "sampled answers."])
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if not cell:
+        return "–"
+    accuracy, interval = accuracy_words(cell)
+    first = f"**{accuracy}**" + (f" ({interval})" if interval else "") if accuracy else ""
+    others = _plain(", ".join(other_words(cell)))
+    return "<br>".join(part for part in (first, others) if part)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _data(facts: RunFacts) -> str:

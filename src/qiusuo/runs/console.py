@@ -79,7 +79,7 @@ class LiveView:
             self._tell_step()
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Take in one log record: a step, a validation, a sample or an event."""
+        """Take in one log record: a step, rollouts, a validation, a sample or an event."""
         self._progress.add(record, self._clock())
         kind = record.get("kind", "step")
         if kind == "event":
@@ -88,7 +88,7 @@ class LiveView:
             self._redraw()
         elif kind == "validation":
             self._tell(f"{self._progress.place()}  validation {self._progress.validation_words()}")
-        elif kind == "step" and self._is_time_to_tell():
+        elif kind in {"step", "rollout"} and self._is_time_to_tell():
             self._tell_step()
 
     def set_total(self, total_steps: int) -> None:
@@ -150,11 +150,15 @@ class LiveView:
         from rich.text import Text
 
         p, rows = self._progress, []
-        if p.loss is not None:
-            line = Text(f"{p.loss:.4f}", style="bold")
-            room = min(max(width - 34, 0), 72)
-            line.append("  " + sparkline(p.history, room, self._blocks()), style="cyan")
-            rows.append(("loss", line))
+        reward = p.rollout.get("reward")
+        for name, value in (("reward", reward), ("loss", p.loss)):
+            if isinstance(value, int | float):
+                line = Text(f"{value:.4f}", style="bold")
+                room = min(max(width - 34, 0), 72)
+                line.append("  " + sparkline(p.history, room, self._blocks()), style="cyan")
+                rows.append((name, line))
+        if p.rollout_words():
+            rows.append(("rollouts", Text(p.rollout_words())))
         more = []
         if p.mtp_loss is not None:
             more.append(f"MTP {p.mtp_loss:.4f}")
@@ -184,6 +188,8 @@ class LiveView:
 
     def _is_time_to_tell(self) -> bool:
         p, now = self._progress, self._clock()
+        if p.step == self._told_step:
+            return False  # of a step of reinforcement there are two records
         if self._told_step < 0 or p.step >= p.total:
             return True
         since = now - self._told_at

@@ -15,7 +15,8 @@ from qiusuo.runs.durable import read_json
 from qiusuo.runs.folder import read_recipe, read_status
 from qiusuo.runs.lock import writer_of
 from qiusuo.runs.log import read_log
-from qiusuo.runs.series import is_number, of_kind, typical
+from qiusuo.runs.outcomes import Outcomes, find_outcomes, share
+from qiusuo.runs.series import is_number, of_kind, typical, without_policy
 from qiusuo.runs.summary import read_summary
 from qiusuo.runs.words import format_duration, format_large, format_number
 
@@ -61,30 +62,67 @@ class RunFacts:
         """The validation records."""
         return of_kind(self.records, "validation")
 
-    def last(self, key: str) -> float | None:
-        """The latest value of the numeric field `key` among the step records."""
-        values = (r[key] for r in reversed(self.steps) if is_number(r.get(key)))
-        return next(values, None)
+    @property
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The records of steps of reinforcement."""
+        return of_kind(self.records, "rollout")
+
+    @property
+    def losses(self) -> list[dict[str, Any]]:
+        """The validations on text: those with a loss."""
+        return [record for record in self.validations if is_number(record.get("loss"))]
+
+    def outcomes(self) -> Outcomes | None:
+        """What the stages did to the accuracy on problems, if that was measured."""
+        return find_outcomes(self.records)
+
+    def last(self, key: str, kind: str = "step") -> float | None:
+        """The latest value of the numeric field `key` among the records of a kind."""
+        records = reversed(of_kind(self.records, kind))
+        return next((r[key] for r in records if is_number(r.get(key))), None)
+
+    def last_loss(self) -> float | None:
+        """The latest training loss in nats per token: that of a policy is none."""
+        steps = without_policy(self.steps, self.rollouts)
+        return next((r["loss"] for r in reversed(steps) if is_number(r.get("loss"))), None)
 
     def best_validation(self) -> dict[str, Any] | None:
         """The validation with the lowest finite loss, the earliest of equals."""
-        finite = [r for r in self.validations if math.isfinite(r.get("loss", math.nan))]
+        finite = [r for r in self.losses if math.isfinite(r["loss"])]
         return min(finite, key=lambda record: record["loss"], default=None)
 
     def key_figures(self) -> list[tuple[str, str, str]]:
         """The numbers to read first, as (label, value, unit)."""
-        final = self.validations[-1] if self.validations else {}
+        final = self.losses[-1] if self.losses else {}
         share = typical(self.steps, "peak_share")
+        accuracy = self._accuracy()
+        head = [("Accuracy", accuracy[0], accuracy[1])] if accuracy else []
         candidates: list[tuple[str, float | None, Callable[[float], str], str]] = [
+            ("Reward", self.last("reward", "rollout"), format_number, "last step"),
             ("Validation loss", final.get("loss"), format_number, "nats/token"),
             ("Validation", final.get("bits_per_character"), format_number, "bits/char."),
-            ("Last training loss", self.last("loss"), format_number, "nats/token"),
+            ("Last training loss", self.last_loss(), format_number, "nats/token"),
             ("Tokens", self.last("tokens"), format_large, ""),
             ("Training time", self.last("seconds"), format_duration, ""),
             ("Typical speed", typical(self.steps, "tokens_per_second"), format_large, "tokens/s"),
             ("Share of peak", share, "{:.1%}".format, ""),
         ]
-        return [(a, form(v), unit) for a, v, form, unit in candidates if v is not None]
+        return head + [(a, form(v), unit) for a, v, form, unit in candidates if v is not None]
+
+    def _accuracy(self) -> tuple[str, str, str] | None:
+        """Held-out accuracy before and after in figures, in what unit, and in a sentence."""
+        outcomes = self.outcomes()
+        mean = outcomes.mean_accuracy() if outcomes else None
+        if outcomes is None or mean is None:
+            return None
+        first, last, tasks = mean
+        over = outcomes.rows[0][0] if tasks == 1 else f"mean of {tasks} tasks"
+        columns = [words for words, _ in outcomes.columns]
+        words = (
+            f"The greedy accuracy on held-out problems ({over}) is {share(last)} "
+            f"({columns[-1]}), from {share(first)} ({columns[0]})."
+        )
+        return f"{share(first)} → {share(last)}", f"greedy, {over}", words
 
     def paragraph(self) -> str:
         """The run in a few sentences."""
@@ -96,14 +134,17 @@ class RunFacts:
                 + self.machine()
                 + "."
             )
-        if self.validations and "loss" in self.validations[-1]:
-            first, final = self.validations[0], self.validations[-1]
+        if self.losses:
+            first, final = self.losses[0], self.losses[-1]
             words = f"The validation loss is {format_number(final['loss'])} nats per token"
             if "bits_per_character" in final:
                 words += f" ({format_number(final['bits_per_character'])} bits per character)"
-            if len(self.validations) > 1 and "loss" in first:
+            if len(self.losses) > 1:
                 words += f", from {format_number(first['loss'])} at step {first['step']:,}"
             sentences.append(words + ".")
+        accuracy = self._accuracy()
+        if accuracy:
+            sentences.append(accuracy[2])
         return " ".join(sentences)
 
     def _progress(self) -> str:

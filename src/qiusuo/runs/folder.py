@@ -4,6 +4,8 @@
     environment.json   versions, machine, command
     status.json        where it stands: running, interrupted, failed or finished
     log.jsonl          one line a step; samples.jsonl: what the model wrote on the way
+    rollouts.jsonl     answers of reinforcement, one a line, as many a step as the stage keeps
+    traces/            verified answers that rejection sampling kept, for a later stage to learn
     checkpoints/step-00001234/   resumable training states
     tokenizer/         the one tokenizer of all stages
     model/             the finished model in Hugging Face layout
@@ -32,6 +34,7 @@ from qiusuo.runs.durable import RunError, read_json, write_json, write_text
 from qiusuo.runs.environment import describe_environment, now
 from qiusuo.runs.lock import RunLock
 from qiusuo.runs.log import RunLog
+from qiusuo.runs.rollouts import RolloutLog
 from qiusuo.runs.toml import dump_toml
 
 State = Literal["running", "interrupted", "failed", "finished"]
@@ -52,14 +55,17 @@ def default_run_path(name: str, root: str | Path = "runs") -> Path:
 class RunFolder:
     """One run on disk. Made by `create` or `open`; a context manager that gives up the lock.
 
-    Paths: `path`, `log_path`, `samples_path`, `checkpoints_path`, `model_path`, `report_path`,
-    `card_path`. What writes needs the lock and raises RunError without it.
+    Paths: `path`, `log_path`, `samples_path`, `rollouts_path`, `traces_path`,
+    `checkpoints_path`, `model_path`, `report_path`, `card_path`. What writes needs the
+    lock and raises RunError without it.
     """
 
     def __init__(self, path: Path, lock: RunLock | None) -> None:
         self.path = path
         self.log_path = path / "log.jsonl"
         self.samples_path = path / "samples.jsonl"
+        self.rollouts_path = path / "rollouts.jsonl"
+        self.traces_path = path / "traces"
         self.checkpoints_path = path / "checkpoints"
         self.model_path = path / "model"
         self.report_path = path / "report.html"
@@ -156,6 +162,11 @@ class RunFolder:
         """The log of samples: records of kind "sample" with `prompt` and `continuation`."""
         self._need_lock("write samples")
         return RunLog(self.samples_path)
+
+    def open_rollouts(self) -> RolloutLog:
+        """The answers of reinforcement, for appending; `read_rollouts` pages through them."""
+        self._need_lock("write rollouts")
+        return RolloutLog(self.rollouts_path)
 
     def set_status(
         self,

@@ -1,4 +1,5 @@
-"""The pictures of a run: what the loss, the speed and the experts did.
+"""The pictures of a run: what the loss, the speed and the experts did (for reinforcement, see
+`rollout_plots`).
 
 Every picture answers one question and says in its caption how to read it. Labels are English:
 the fonts that ship with matplotlib have no Chinese.
@@ -6,25 +7,28 @@ the fonts that ship with matplotlib have no Chinese.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
 
 import numpy as np
 
+from qiusuo.runs.rollout_plots import REINFORCEMENT, SHOWN, draw_rollouts
 from qiusuo.runs.series import (
     Records,
+    Stages,
+    broken_at,
     expert_loads,
     is_number,
     mean_load,
     of_kind,
     series,
     smooth,
+    stage_starts,
     table,
     thin,
+    without_policy,
 )
 from qiusuo.runs.style import (
     BLUE,
-    GREY,
     ORANGE,
     TEAL,
     Picture,
@@ -33,12 +37,14 @@ from qiusuo.runs.style import (
     layer_colours,
     layer_scale,
     limit,
+    mark_stages,
     new_figure,
     number_axis,
 )
 
 _OWN_PANEL = {"step", "loss", "mtp_loss", "lr", "grad_norm", "tokens", "seconds"}
 _OWN_PANEL |= {"tokens_per_second", "flops_per_second", "peak_share"}
+_PERCENT = {"peak_share"}
 
 
 def draw_pictures(records: Records) -> list[Picture]:
@@ -48,8 +54,18 @@ def draw_pictures(records: Records) -> list[Picture]:
     """
     steps = of_kind(records, "step")
     validations = of_kind(records, "validation")
+    rollouts = of_kind(records, "rollout")
+    stages = stage_starts([r for r in records if r.get("kind") in {"step", "rollout"}])
     drawers: list[Callable[[], Picture | None]] = [
-        lambda: draw_loss(steps, validations),
+        lambda: draw_panels(
+            rollouts,
+            REINFORCEMENT + "others",
+            "Other measures of reinforcement",
+            "Faint: every step; strong: smoothed.",
+            {key: key.replace("_", " ") for key in _other_keys(rollouts, SHOWN | {"step"})},
+            columns=2,
+        ),
+        lambda: draw_loss(without_policy(steps, rollouts), validations, stages),
         lambda: draw_panels(
             steps,
             "optimizer",
@@ -73,14 +89,16 @@ def draw_pictures(records: Records) -> list[Picture]:
             "others",
             "Other measures",
             "Faint: every step; strong: smoothed.",
-            {key: key.replace("_", " ") for key in _other_keys(steps)},
+            {key: key.replace("_", " ") for key in _other_keys(steps, _OWN_PANEL)},
             columns=2,
         ),
     ]
-    return [picture for drawer in drawers if (picture := drawer()) is not None]
+    return draw_rollouts(rollouts, validations, stages) + [
+        picture for drawer in drawers if (picture := drawer()) is not None
+    ]
 
 
-def draw_loss(steps: Records, validations: Records) -> Picture | None:
+def draw_loss(steps: Records, validations: Records, stages: Stages) -> Picture | None:
     """Training loss raw and smoothed, the MTP loss, and validation; nats per token."""
     x, loss = series(steps, "loss")
     vx, validation = series(validations, "loss")
@@ -104,7 +122,7 @@ def draw_loss(steps: Records, validations: Records) -> Picture | None:
         style = {"marker": "o", "markersize": 4.2, "markeredgecolor": "white", "linewidth": 0.8}
         axes.plot(vx, validation, color=ORANGE, label="validation", **style)
     limit(axes, np.concatenate(shown), share=1.0)
-    _mark_stages(axes, steps)
+    mark_stages(axes, stages)
     axes.set_xlabel("step")
     number_axis(axes.xaxis)
     axes.set_ylabel("loss, nats per token")
@@ -118,13 +136,20 @@ def draw_loss(steps: Records, validations: Records) -> Picture | None:
 
 
 def draw_panels(
-    steps: Records, name: str, title: str, caption: str, labels: dict[str, str], columns: int = 1
+    records: Records,
+    name: str,
+    title: str,
+    caption: str,
+    labels: dict[str, str],
+    columns: int = 1,
 ) -> Picture | None:
     """A small panel for each field in `labels` that has values, one below another.
 
-    With two columns the picture is a wide one, and panels stand side by side.
+    With two columns the picture is a wide one, and panels stand side by side. Where the records
+    are of several stages, the top panels name them and no line joins two.
     """
-    present = {key: label for key, label in labels.items() if len(series(steps, key)[0])}
+    present = {key: label for key, label in labels.items() if len(series(records, key)[0])}
+    stages = stage_starts(records)
     if not present:
         return None
     columns = min(columns, len(present))
@@ -135,15 +160,16 @@ def draw_panels(
     for axes in panels[len(present) :]:
         axes.remove()
     for axes, (key, label) in zip(panels, present.items(), strict=False):
-        x, values = series(steps, key)
-        if key == "peak_share":
+        x, values = series(records, key)
+        if key in _PERCENT:
             values = values * 100
-        if key == "lr":
-            axes.plot(*thin(x, values), color=BLUE)
-        else:
+        if key != "lr":
             axes.plot(*thin(x, values), color=BLUE, alpha=0.22, linewidth=0.6)
-            axes.plot(*thin(x, smooth(values)), color=BLUE)
-        limit(axes, values, from_zero=key in _OWN_PANEL)
+        places = [step for step, _ in stages]
+        shown = values if key == "lr" else smooth(values)
+        axes.plot(*broken_at(*thin(x, shown), places), color=BLUE)
+        limit(axes, values, from_zero=key in _OWN_PANEL | _PERCENT)
+        mark_stages(axes, stages, named=axes in panels[:columns])
         number_axis(axes.yaxis)
         axes.set_ylabel(label)
     for axes in panels[max(len(present) - columns, 0) : len(present)]:
@@ -156,6 +182,7 @@ def draw_panels(
 
 def draw_violation(steps: Records) -> Picture | None:
     """MaxVio of each MoE layer over the steps, smoothed."""
+    stages = stage_starts(steps)
     x, rows = table(steps, "max_violation")
     if not rows.size:
         return None
@@ -172,6 +199,7 @@ def draw_violation(steps: Records) -> Picture | None:
     axes.set_xlabel("step")
     number_axis(axes.xaxis)
     axes.set_ylabel("MaxVio")
+    mark_stages(axes, stages)
     if layers <= 6:
         axes.legend(loc="upper right", frameon=False, ncols=1 + (layers > 3))
     else:
@@ -218,21 +246,7 @@ def draw_load_over_time(steps: Records) -> Picture | None:
     return finish(figure, "load-over-time", "Load of one layer over time", caption, pixels=True)
 
 
-def _other_keys(steps: Records) -> list[str]:
-    """Numeric fields that no picture of their own shows, such as a reward; at most eight."""
-    keys = {key: None for record in steps for key, value in record.items() if is_number(value)}
-    return [key for key in keys if key not in _OWN_PANEL][:8]
-
-
-def _mark_stages(axes: Any, steps: Records) -> None:
-    """A thin line with a name where a stage of the recipe begins, when there are several."""
-    starts: dict[str, int] = {}
-    for record in steps:
-        if "stage" in record:
-            starts.setdefault(str(record["stage"]), record["step"])
-    if len(starts) < 2:
-        return
-    for stage, step in starts.items():
-        axes.axvline(step, color=GREY, linewidth=0.6, linestyle=(0, (2, 2)))
-        place = axes.get_xaxis_transform()
-        axes.text(step, 0.95, f" {stage}", transform=place, fontsize=7.5, color=GREY)
+def _other_keys(records: Records, shown: Collection[str]) -> list[str]:
+    """Numeric fields beside those `shown` in pictures of their own; at most eight."""
+    keys = {key: None for record in records for key, value in record.items() if is_number(value)}
+    return [key for key in keys if key not in shown][:8]

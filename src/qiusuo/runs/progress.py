@@ -6,17 +6,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qiusuo.runs.outcomes import in_order, measure_name, share
 from qiusuo.runs.series import is_number
 from qiusuo.runs.words import format_duration, format_large, format_number
 
 _MOST_HISTORY = 512
+_MOST_TASKS = 4  # named of a look at problems
 _KEEP = 0.95  # of the smoothed loss, a step
 _KNOWN = {"step", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens", "seconds"}
 _KNOWN |= {"tokens_per_second", "flops_per_second", "peak_share"}
 
 
 class Progress:
-    """Takes in log records and answers in words; knows nothing of terminals."""
+    """Takes in log records and answers in words; knows nothing of terminals.
+
+    `history` is of the smoothed loss, or of the reward while a stage of reinforcement trains:
+    there `rollout` is the latest rollout record, and the loss (of the policy) says little.
+    """
 
     def __init__(self, total: int, title: str, start_step: int, now: float) -> None:
         self.total, self.title = total, title
@@ -24,6 +30,7 @@ class Progress:
         self.history: list[float] = []
         self.loss: float | None = None
         self.mtp_loss: float | None = None
+        self.rollout: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
         self.sample: tuple[str, str] | tuple[()] = ()
         self.others: dict[str, float] = {}
@@ -39,13 +46,20 @@ class Progress:
             self.validation = dict(record)
         elif kind == "sample":
             self.sample = (str(record.get("prompt", "")), str(record.get("continuation", "")))
+        elif kind == "rollout":
+            self._add_rollout(record, now)
         elif kind == "step":
             self._add_step(record, now)
 
     def _add_step(self, record: Mapping[str, Any], now: float) -> None:
         self.step, self._stepped = int(record["step"]), now
         self._record = dict(record)
-        if is_number(record.get("loss")):
+        if self.rollout and record.get("stage") != self.rollout.get("stage"):
+            self.rollout = {}  # a stage of another kind has begun
+            self._begin_history()
+        if self.rollout:
+            self.loss = None
+        elif is_number(record.get("loss")):
             self.loss = _follow(self.loss, float(record["loss"]))
             self._remember(self.loss)
         if is_number(record.get("mtp_loss")):
@@ -55,9 +69,21 @@ class Progress:
         fresh = {k: v for k, v in record.items() if is_number(v) and k not in _KNOWN}
         self.others = dict(list(fresh.items())[:4])
 
-    def _remember(self, loss: float) -> None:
+    def _add_rollout(self, record: Mapping[str, Any], now: float) -> None:
+        self.step, self._stepped = int(record["step"]), now
+        if not self.rollout:
+            self.loss = self.mtp_loss = None
+            self._begin_history()
+        self.rollout = dict(record)
+        if is_number(record.get("reward")):
+            self._remember(float(record["reward"]))
+
+    def _begin_history(self) -> None:
+        self.history, self._merged, self._pending = [], 1, [0.0, 0]
+
+    def _remember(self, value: float) -> None:
         """Keep the whole history in a bounded list: when it is full, neighbours merge."""
-        self._pending[0] += loss
+        self._pending[0] += value
         self._pending[1] += 1
         if self._pending[1] < self._merged:
             return
@@ -80,9 +106,32 @@ class Progress:
         pace = (self._stepped - self._began) / done
         return max((self.total - self.step) * pace - (now - self._stepped), 0.0)
 
+    def rollout_words(self) -> str:
+        """The latest rollouts but for their reward: pass@1 and pass@k, length, entropy."""
+        r, parts = self.rollout, []
+        if is_number(r.get("pass_at_1")):
+            parts.append(f"pass@1 {share(r['pass_at_1'])}")
+        if is_number(r.get("pass_at_k")):
+            parts.append(f"pass@{r.get('k', 'k')} {share(r['pass_at_k'])}")
+        if is_number(r.get("length")):
+            parts.append(f"length {format_number(r['length'], 3)}")
+        if is_number(r.get("entropy")):
+            parts.append(f"entropy {format_number(r['entropy'], 3)}")
+        return "  ".join(parts)
+
     def validation_words(self) -> str:
-        """The last validation: bits per character, loss and, if it is past, its step."""
+        """The last validation: accuracies by task, or bits per character and loss; and, if it is
+        past, its step."""
         parts = []
+        tasks = self.validation.get("tasks") or {}
+        for task in in_order(list(tasks))[:_MOST_TASKS]:
+            for measure in ("accuracy", "pass_at_1"):
+                if is_number(tasks[task].get(measure)):
+                    name = "" if measure == "accuracy" else f"{measure_name(measure)} "
+                    parts.append(f"{task} {name}{share(tasks[task][measure])}")
+                    break
+        if len(tasks) > _MOST_TASKS:
+            parts.append(f"and {len(tasks) - _MOST_TASKS} more")
         if is_number(self.validation.get("bits_per_character")):
             parts.append(f"{self.validation['bits_per_character']:.4f} bits/char.")
         if is_number(self.validation.get("loss")):
@@ -126,6 +175,10 @@ class Progress:
     def line(self, now: float) -> str:
         """Everything on one plain line."""
         parts = [self.place()]
+        if is_number(self.rollout.get("reward")):
+            parts.append(f"reward {self.rollout['reward']:.3f}")
+        if self.rollout_words():
+            parts.append(self.rollout_words())
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         if self.mtp_loss is not None:

@@ -14,11 +14,15 @@ from typing import Any
 
 from qiusuo.runs.durable import RunError, write_text
 from qiusuo.runs.facts import RunFacts, read_facts
+from qiusuo.runs.outcomes import accuracy_words, other_words
 from qiusuo.runs.plots import Picture, draw_pictures
-from qiusuo.runs.series import of_kind, spread
+from qiusuo.runs.rollout_plots import REINFORCEMENT
+from qiusuo.runs.rollouts import is_right, read_rollouts, rollout_steps, split_response
+from qiusuo.runs.series import is_number, of_kind, spread
 from qiusuo.runs.words import format_bytes, format_duration, format_fact
 
 _MOST_ROWS, _MOST_SAMPLES, _MOST_CHARACTERS = 24, 12, 1500
+_MOST_ROLLOUTS = 3  # right ones, and as many wrong ones, of a step
 _STATE_WORDS = {"killed": "stopped without a word", "unknown": "not started"}
 _ENVIRONMENT = {
     "qiusuo": "Qiusuo",
@@ -74,6 +78,8 @@ def _context(facts: RunFacts) -> dict[str, Any]:
         "missing": _missing(facts),
         "facts": [(label, format_fact(fact)) for label, fact in facts.summary.items()],
         "picture_groups": _group(pictures),
+        "outcomes": _outcomes(facts),
+        "rollouts": _rollouts(facts),
         "validations": validations,
         "validations_left_out": validations_left_out,
         "samples": samples,
@@ -94,22 +100,72 @@ def _missing(facts: RunFacts) -> list[str]:
         (facts.environment, "environment.json: the machine and the versions are not known"),
         (facts.steps, "log.jsonl: no training step has been logged, so there are no curves"),
         (facts.validations, "log.jsonl: no validation has been logged"),
-        (facts.samples, "samples.jsonl: no samples have been written"),
+        (facts.samples or facts.rollouts, "samples.jsonl: no samples have been written"),
         (facts.summary, "summary.json: the table of facts is written when training ends"),
     ]
     return [words for present, words in checks if not present]
 
 
 def _group(pictures: list[Picture]) -> list[tuple[str, list[Picture]]]:
-    about_experts = {"balance", "load", "load-over-time"}
-    curves = [picture for picture in pictures if picture.name not in about_experts]
-    experts = [picture for picture in pictures if picture.name in about_experts]
-    return [(name, group) for name, group in (("Curves", curves), ("Experts", experts)) if group]
+    groups: dict[str, list[Picture]] = {"Reinforcement": [], "Curves": [], "Experts": []}
+    for picture in pictures:
+        about_experts = picture.name in {"balance", "load", "load-over-time"}
+        about_answers = picture.name.startswith(REINFORCEMENT)
+        name = "Experts" if about_experts else "Reinforcement" if about_answers else "Curves"
+        groups[name].append(picture)
+    return [(name, group) for name, group in groups.items() if group]
+
+
+def _outcomes(facts: RunFacts) -> dict[str, Any] | None:
+    """The table of before and after: per column its words, per row its task and cells."""
+    outcomes = facts.outcomes()
+    if outcomes is None:
+        return None
+    rows = [
+        (
+            name,
+            [
+                (*accuracy_words(cell), " · ".join(other_words(cell))) if cell else None
+                for cell in cells
+            ],
+        )
+        for name, cells in outcomes.rows
+    ]
+    columns = [(words, f"step {step:,}") for words, step in outcomes.columns]
+    return {"columns": columns, "rows": rows, "intervals": outcomes.intervals}
+
+
+def _rollouts(facts: RunFacts) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Answers of the first and the last step that kept some: a few right ones, a few wrong."""
+    path = facts.path / "rollouts.jsonl"
+    bounds = rollout_steps(path)
+    told = []
+    for step in dict.fromkeys(bounds or ()):
+        kept: list[dict[str, Any]] = []
+        for right in (True, False):
+            kept += read_rollouts(path, step, step, right=right, most=_MOST_ROLLOUTS).rollouts
+        told.append((f"{step:,}", [_answer(rollout) for rollout in kept]))
+    return told
+
+
+def _answer(rollout: dict[str, Any]) -> dict[str, Any]:
+    thought, answer = split_response(str(rollout.get("response", "")))
+    difficulty = rollout.get("difficulty")
+    task = str(rollout.get("task", ""))
+    reward = rollout.get("reward")
+    texts = {"prompt": str(rollout.get("prompt", "")), "thought": thought or "", "answer": answer}
+    return {key: _cut(text) for key, text in texts.items()} | {
+        "task": task if difficulty is None else f"{task}/{difficulty}",
+        "right": is_right(rollout),
+        "reward": f"{reward:g}" if is_number(reward) else "–",
+        "reason": str(rollout.get("reason") or ""),
+        "chinese": _is_chinese("".join(texts.values())),
+    }
 
 
 def _validations(facts: RunFacts) -> tuple[list[dict[str, Any]], int]:
     """Rows of the validation table and how many were left out; the best is always in."""
-    records = facts.validations
+    records = facts.losses
     best = facts.best_validation()
     shown = spread(records, _MOST_ROWS)
     if best is not None and not any(record is best for record in shown):
@@ -135,8 +191,7 @@ def _samples(facts: RunFacts) -> tuple[list[tuple[str, list[dict[str, Any]]]], i
         text = {
             "prompt": _cut(prompt),
             "continuation": _cut(continuation),
-            # The same code points are drawn differently in Chinese and in Japanese fonts.
-            "chinese": re.search("[\u4e00-\u9fff]", prompt + continuation) is not None,
+            "chinese": _is_chinese(prompt + continuation),
         }
         group = by_step.setdefault(record["step"], [])
         if text not in group:
@@ -159,6 +214,11 @@ def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
         machine = f"{again.get('cpu') or again.get('machine')}, {again.get('cores')} cores"
         rows.append((f"Resumed ({i})", f"{again.get('started')} on {machine}"))
     return rows
+
+
+def _is_chinese(text: str) -> bool:
+    """The same code points are drawn differently in Chinese and in Japanese fonts."""
+    return re.search("[\u4e00-\u9fff]", text) is not None
 
 
 def _cut(text: str) -> str:

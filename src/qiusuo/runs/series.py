@@ -13,11 +13,41 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Records = Sequence[dict[str, Any]]
+Stages = Sequence[tuple[int, str]]  # (first step, name)
 
 
 def of_kind(records: Records, kind: str) -> list[dict[str, Any]]:
     """The records of one kind, in order."""
     return [record for record in records if record.get("kind") == kind]
+
+
+def without_policy(steps: Records, rollouts: Records) -> list[dict[str, Any]]:
+    """The steps that are none of reinforcement, whose loss is in no unit."""
+    stages = policy_stages(rollouts)
+    return [record for record in steps if record.get("stage") not in stages]
+
+
+def policy_stages(rollouts: Records) -> set[Any]:
+    """The stages of reinforcement."""
+    return {record.get("stage") for record in rollouts}
+
+
+def stage_starts(records: Records) -> list[tuple[int, str]]:
+    """Where the stages of a run begin: (step, name); [] when there is only one."""
+    starts: list[tuple[int, str]] = []
+    for record in records:
+        if "stage" in record and "step" in record:
+            stage = str(record["stage"])
+            if not starts or starts[-1][1] != stage:
+                starts.append((record["step"], stage))
+    return starts if len(starts) > 1 else []
+
+
+def broken_at(steps: Array, values: Array, places: Sequence[float]) -> tuple[Array, Array]:
+    """The curve with a gap (NaN) before each of `places`: no line joins two stages."""
+    cuts = [int(i) for i in np.searchsorted(steps, np.array(places)) if 0 < i < len(steps)]
+    gaps = np.full(len(cuts), np.nan)
+    return np.insert(steps, cuts, steps[cuts] if cuts else gaps), np.insert(values, cuts, gaps)
 
 
 def series(records: Records, key: str) -> tuple[Array, Array]:

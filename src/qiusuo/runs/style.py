@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,23 @@ def limit(axes: Any, values: Array, *, from_zero: bool = False, share: float = 0
     low = min(low, 0.0) if from_zero else low
     margin = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
     axes.set_ylim(low if from_zero and low == 0 else low - margin, high + margin)
+
+
+def mark_stages(axes: Any, starts: Sequence[tuple[int, str]], *, named: bool = True) -> None:
+    """A thin line with a name where a stage of the recipe begins, and the name of the stage in
+    which the axes begin, if there is room for it."""
+    low, high = axes.get_xlim()
+    room = (high - low) / 12
+    ends = [*(step for step, _ in starts[1:]), high][: len(starts)]
+    for (step, name), end in zip(starts, ends, strict=True):
+        if step >= high or end - max(step, low) < (0 if step > low else room):
+            continue
+        if step > low:
+            axes.axvline(step, color=GREY, linewidth=0.6, linestyle=(0, (2, 2)))
+        if named:
+            place = axes.get_xaxis_transform()
+            axes.text(max(step, low), 0.95, f" {name}", transform=place, fontsize=7.5, color=GREY)
+    axes.set_xlim(low, high)
 
 
 def number_axis(axis: Any) -> None:

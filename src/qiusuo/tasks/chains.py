@@ -46,8 +46,15 @@ class Chains(Task):
     def solution(self, problem: Problem, chance: random.Random, *, thought: bool) -> str:
         terms = problem.data["terms"]
         answer = self._write(sum(terms))
-        if not thought:
-            return response_of("", answer)
+        return response_of(self._trace(terms, chance) if thought else "", answer)
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        parts = take_apart(response)
+        terms = problem.data["terms"]
+        valid = self._is_valid(parts.thought.strip(), terms)
+        return verdict_on(parts, self._write(sum(terms)), trace_valid=valid)
+
+    def _trace(self, terms: list[int], chance: random.Random) -> str:
         step = 2 if chance.random() < SKIPPING else 1
         done = step
         trace = "+".join(map(self._write, terms[: 1 + step]))
@@ -56,13 +63,7 @@ class Chains(Task):
             sum_so_far = sum(terms[: 1 + done])
             trace += "=" + "+".join(map(self._write, [sum_so_far, *fresh]))
             done += step
-        return response_of(f"{trace}={answer}", answer)
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        parts = take_apart(response)
-        terms = problem.data["terms"]
-        valid = self._is_valid(parts.thought.strip(), terms)
-        return verdict_on(parts, self._write(sum(terms)), trace_valid=valid)
+        return f"{trace}={self._write(sum(terms))}"
 
     def _is_valid(self, trace: str, terms: list[int]) -> bool:
         """Whether the trace adds every term once, in order, and writes every sum right."""

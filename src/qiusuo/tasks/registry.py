@@ -1,4 +1,4 @@
-"""Tasks by name: ours, those of installed packages, and one file of a user's.
+"""Tasks by name: ours, reasoning-gym's as `gym/…`, those of packages, and one file of a user's.
 
     [project.entry-points."qiusuo.tasks"]     # in the pyproject.toml of a package
     clock = "my_package.clock:Clock"
@@ -13,14 +13,19 @@ import difflib
 import importlib.util
 import inspect
 import random
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from qiusuo.tasks.arithmetic import Arithmetic
 from qiusuo.tasks.chains import Chains, PlainChains
 from qiusuo.tasks.countdown import Countdown
+from qiusuo.tasks.gym import PREFIX, gym_task
 from qiusuo.tasks.parity import Parity
+from qiusuo.tasks.programs import Programs
+from qiusuo.tasks.sums import Sums
 from qiusuo.tasks.task import Task, TaskError
 from qiusuo.tasks.verse import Verse
 from qiusuo.tasks.word_problems import WordProblems
@@ -30,9 +35,11 @@ OURS: tuple[type[Task], ...] = (
     Parity,
     Chains,
     PlainChains,
+    Sums,
     Arithmetic,
     Countdown,
     WordProblems,
+    Programs,
     Verse,
 )
 
@@ -46,14 +53,17 @@ def known_tasks() -> dict[str, type[Task] | EntryPoint]:
     return known
 
 
-def find_task(name: str) -> Task:
-    """The task of this name, or of this file, which ends in `.py`.
+def find_task(name: str, **options: Any) -> Task:
+    """The task of this name, or of this file, which ends in `.py`. `options` are those of its
+    class: `find_task("verse", poems=poems)`.
 
-    `TaskError` for an unknown name, with the nearest ones, and for a file or a package that does
-    not give one task that works.
+    `TaskError` for an unknown name, with the nearest ones, for an option that the task does not
+    have, and for a file or a package that does not give one task that works.
     """
     if name.endswith(".py"):
-        return _checked(_task_of(_module_of(Path(name)), name), name)
+        return _checked(_task_of(_module_of(Path(name)), name), name, options)
+    if name.startswith(PREFIX):
+        return _made(gym_task(name), name, options)
     known = known_tasks()
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
@@ -62,12 +72,22 @@ def find_task(name: str) -> Task:
     found = known[name]
     if isinstance(found, EntryPoint):
         try:
-            return _checked(found.load(), f"{name} ({found.value})")
+            return _checked(found.load(), f"{name} ({found.value})", options)
         except (ImportError, AttributeError) as error:
             raise TaskError(
                 f"task {name!r} could not be loaded from {found.value}: {error}"
             ) from error
-    return found()
+    return _made(found, name, options)
+
+
+def _made(task_class: type[Task], name: str, options: Mapping[str, Any]) -> Task:
+    signature = inspect.signature(task_class)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        known = ", ".join(signature.parameters) or "none"
+        raise TaskError(f"task {name!r}: {error}; its options are: {known}") from error
+    return task_class(**options)
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -101,12 +121,12 @@ def _task_of(module: ModuleType, name: str) -> type[Task]:
     return own[0]
 
 
-def _checked(task_class: object, name: str) -> Task:
+def _checked(task_class: object, name: str, options: Mapping[str, Any]) -> Task:
     """The task, after its easiest problem was made, solved and verified."""
     if not (inspect.isclass(task_class) and issubclass(task_class, Task)):
         raise TaskError(f"task {name!r} is no class that derives from qiusuo.tasks.task.Task")
     try:
-        task = task_class()
+        task = _made(task_class, name, options)
         chance = random.Random(0)
         problem = task.problem(task.difficulties[0], chance)
         verdicts = [
@@ -114,6 +134,8 @@ def _checked(task_class: object, name: str) -> Task:
             for thought in (True, False)
         ]
         garbage = task.verify(problem, "")
+    except TaskError:  # says what to do
+        raise
     except Exception as error:
         raise TaskError(f"task {name!r} fails: {type(error).__name__}: {error}") from error
     if any(verdict.reward != 1 for verdict in verdicts):

@@ -5,6 +5,7 @@
 The program has the standard library and an empty folder to write in. It has no network, sees no
 file of the machine beside Python's and the system's libraries, runs as a user of its own, within
 limits of time, memory, processes, files and output, and ends with all its children.
+Hashes are not random, so a program that prints a set prints it again the same.
 `sandbox_launcher.py` says how. This takes Linux, and root or unprivileged user namespaces; where
 they are missing `run_program` refuses, because limits alone would leave a model's program the
 network and, without root, your files.
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,23 +86,50 @@ def run_program(program: str, stdin: str = "", limits: Limits = Limits()) -> Ran
         return _run(folder, given, limits)
 
 
-def _run(folder: Path, stdin: bytes, limits: Limits) -> Ran:
+def launch(
+    folder: Path,
+    limits: Limits,
+    *,
+    python: str = sys.executable,
+    shown: Sequence[str] = (),
+    quiet: bool = False,
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `program.py` of an empty folder in the sandbox: the process, which ends when told to
+    terminate and all behind it has ended, and a descriptor that says what kept it from running, or
+    ends without a word once it runs. `shown` are folders that the program may read, `quiet` throws
+    its stderr away. The limits that only `run_program` watches, seconds and output, are not kept.
+    """
     status_out, status_in = os.pipe()
-    settings = json.dumps({**asdict(limits), "status": status_in})
-    command = [sys.executable, "-I", "-S", str(LAUNCHER), settings, str(folder)]
+    settings = json.dumps({**asdict(limits), "status": status_in, "shown": list(shown)})
     try:
         process = subprocess.Popen(
-            command,
+            [python, "-I", "-S", str(LAUNCHER), settings, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if quiet else subprocess.PIPE,
             pass_fds=(status_in,),
             start_new_session=True,
             cwd=folder,
             env={},
         )
+    except BaseException:
+        os.close(status_out)
+        raise
     finally:
         os.close(status_in)
+    return process, status_out
+
+
+def no_sandbox(fault: str) -> SandboxError:
+    return SandboxError(
+        f"this machine gives no sandbox ({fault}): run on Linux, as root or where user "
+        "namespaces are allowed (sysctl user.max_user_namespaces, kernel.apparmor_restrict_"
+        "unprivileged_userns=0; docker run --cap-add SYS_ADMIN)"
+    )
+
+
+def _run(folder: Path, stdin: bytes, limits: Limits) -> Ran:
+    process, status_out = launch(folder, limits)
     with process, os.fdopen(status_out, "rb") as status:
         try:
             ended, stdout, stderr = _watch(process, stdin, limits)
@@ -109,11 +138,7 @@ def _run(folder: Path, stdin: bytes, limits: Limits) -> Ran:
             process.wait()
         fault = status.read(1000).decode(errors="replace")
     if fault:
-        raise SandboxError(
-            f"this machine gives no sandbox ({fault}): run on Linux, as root or where user "
-            "namespaces are allowed (sysctl user.max_user_namespaces, kernel.apparmor_restrict_"
-            "unprivileged_userns=0; docker run --cap-add SYS_ADMIN)"
-        )
+        raise no_sandbox(fault)
     code = process.returncode
     if ended is None and code == 128 + signal.SIGXCPU:
         ended = "timeout"

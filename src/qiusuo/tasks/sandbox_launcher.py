@@ -4,8 +4,8 @@
 process with one thread; between fork and exec of a process with threads, Python code can hang.
 
 1. New namespaces: mounts, processes, network, IPC. Without root a user namespace gives the right.
-2. A root of its own, in memory: Python and the system's libraries, read-only, an empty /work to
-   write in, nothing else. The network has no device.
+2. A root of its own, in memory: Python, the system's libraries and the folders that are `shown`,
+   all read-only, an empty /work to write in, nothing else. The network has no device.
 3. A first process of the new process namespace waits for the program. When it dies, by whatever
    hand, the kernel kills all that is left in the namespace: no child escapes.
 4. The program: another user, limits set, no way to new rights. Root is not bound by the limit on
@@ -76,21 +76,22 @@ def enter_namespaces() -> None:
     mount("none", Path("/"), None, PRIVATE | RECURSIVE)
 
 
-def build_root(root: Path, program: bytes, disk_bytes: int) -> None:
+def build_root(root: Path, program: bytes, settings: dict) -> None:
     """The file system of the program, at the folder `root`."""
     root.mkdir()
     mount("tmpfs", root, b"tmpfs", NO_SUID | NO_DEVICES, "size=1m,mode=755")
     shown = ["/usr"] if Path(sys.base_prefix).is_relative_to("/usr") else [sys.base_prefix]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
     shown += [path for path in libraries if not Path(path).is_relative_to(shown[0])]
-    for path in [*shown, "/dev/null", "/dev/urandom"]:
+    for path in [*shown, *settings["shown"], "/dev/null", "/dev/urandom"]:
         if Path(path).exists():
             show(Path(path), root / path[1:])
     (root / "program.py").write_bytes(program)
     (root / "program.py").chmod(0o444)
     work = root / "work"
     work.mkdir()
-    mount("tmpfs", work, b"tmpfs", NO_SUID | NO_DEVICES, f"size={disk_bytes},mode=777,nr_inodes=1k")
+    size = settings["disk_bytes"]
+    mount("tmpfs", work, b"tmpfs", NO_SUID | NO_DEVICES, f"size={size},mode=777,nr_inodes=1k")
     mount("none", root, None, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEVICES)
 
 
@@ -106,7 +107,7 @@ def show(source: Path, target: Path) -> None:
     mount("none", target, None, REMOUNT | BIND | READ_ONLY | kept)
 
 
-def limit(settings: dict[str, int]) -> None:
+def limit(settings: dict) -> None:
     """The limits of the program, and no rights beyond them."""
     if os.getuid() == 0:
         user = FIRST_USER + settings["user"]
@@ -126,11 +127,12 @@ def limit(settings: dict[str, int]) -> None:
         resource.setrlimit(which, (most, most))
 
 
-def become_program(settings: dict[str, int]) -> None:
+def become_program(settings: dict) -> None:
     os.setsid()
     limit(settings)
-    flags = ["-I", "-S", "-B", "-X", "utf8"]
-    environment = {"HOME": "/work", "LANG": "C.UTF-8"}
+    # -I but for the environment, which is ours: without a seed, sets would differ from run to run.
+    flags = ["-P", "-s", "-S", "-B", "-X", "utf8"]
+    environment = {"HOME": "/work", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     os.execve(PYTHON, [PYTHON, *flags, "/program.py"], environment)
 
 
@@ -145,11 +147,11 @@ def wait_and_leave(child: int) -> None:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def run(settings: dict[str, int], folder: Path) -> None:
+def run(settings: dict, folder: Path) -> None:
     call("prctl", DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     settings["user"] = os.getpid() % USERS
     enter_namespaces()
-    build_root(folder / "root", (folder / "program.py").read_bytes(), settings["disk_bytes"])
+    build_root(folder / "root", (folder / "program.py").read_bytes(), settings)
     os.chroot(folder / "root")
     os.chdir("/work")
     for _ in ("first process", "program"):

@@ -17,7 +17,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 THINK, END_THINK = "<think>", "</think>"
 DRAWS = 20_000  # in vain, before a split counts as exhausted
@@ -68,6 +68,20 @@ class Parts:
     fault: str = ""
 
 
+class Guard(Protocol):
+    """Watches what a policy writes over time, and tells what a verdict cannot see: that it is
+    always the same. The same answers in the same order get the same figures; the state goes into
+    JSON, and with it a run goes on where it stopped."""
+
+    def judge(self, problem: Problem, verdict: Verdict) -> float:
+        """A figure from 0 to 1, to be paid beside the reward; the answer is then remembered."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Task(ABC):
     """A family of problems. Subclasses are stateless: two instances give the same problems.
 
@@ -92,6 +106,10 @@ class Task(ABC):
     @abstractmethod
     def verify(self, problem: Problem, response: str) -> Verdict:
         """0 or 1 for any string whatever, without an exception, in time linear in its length."""
+
+    def guard(self) -> Guard | None:
+        """A new guard against what this task's rules let pass; None where they are enough."""
+        return None
 
     def check_difficulty(self, difficulty: int) -> None:
         """`TaskError` for a difficulty that the task does not have."""

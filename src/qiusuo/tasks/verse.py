@@ -33,6 +33,7 @@ from qiusuo.tasks.task import (
     response_of,
     take_apart,
 )
+from qiusuo.tasks.verse_novelty import VerseNovelty
 from qiusuo.tasks.verse_readings import CLASSES, LEVEL, OBLIQUE, readings, rhyme_name
 from qiusuo.tasks.verse_rules import FORMS, Form, rhyme_classes, tones, verse_lines
 
@@ -52,8 +53,12 @@ class Verse(Task):
 
     Problems draw form, class and one of `titles` freely, and no poem is known that answers them.
     With `poems` (in the corpus' format) every problem is one that a poem of the list answers, and
-    `solution` gives that poem; those that break the rules are passed over. The first use of
-    35,000 poems takes seconds.
+    `solution` gives that poem; those that break the rules are passed over.
+
+    Unless it is to be `strict`: then every poem of a known form is taken, whatever its tones, and
+    its request names the class only if the poem does rhyme in one of `rhymes`. So a corpus can be
+    learned whole from requests that tell the truth, and the rules be left to reinforcement; most
+    of its solutions then get no reward. The first use of 35,000 poems takes seconds.
 
     `TaskError` for titles, classes or poems that cannot be read.
     """
@@ -67,6 +72,8 @@ class Verse(Task):
         titles: Sequence[str] = TITLES,
         poems: Sequence[str] = (),
         rhymes: Sequence[str] = CLASSES,
+        *,
+        strict: bool = True,
     ) -> None:
         for rhyme in rhymes:
             if rhyme not in CLASSES:
@@ -78,6 +85,7 @@ class Verse(Task):
             raise TaskError("no titles: give at least one")
         self.titles, self.rhymes = tuple(titles), tuple(rhymes)
         self.poems = tuple(read_poem(poem) for poem in poems)
+        self.strict = strict
 
     def problem(self, difficulty: int, chance: random.Random) -> Problem:
         self.check_difficulty(difficulty)
@@ -85,7 +93,8 @@ class Verse(Task):
         if self.poems:
             known = self._keys_by_form.get(form.name)
             if not known:
-                raise TaskError(f"no poem of the list is a {form.name} that keeps the rules")
+                keeps = " that keeps the rules" if self.strict else ""
+                raise TaskError(f"no poem of the list is a {form.name}{keeps}")
             return self._answered[chance.choice(known)][0]
         rhyme = chance.choice(self.rhymes) if self.rhymes else None
         return make_problem(form, rhyme, chance.choice(self.titles))
@@ -121,8 +130,9 @@ class Verse(Task):
         return _verdict(parts, lines, problem.data["rhyme"], measures)
 
     def problem_of(self, poem: str) -> Problem | None:
-        """The request that a poem (in the corpus' format) answers; None if it breaks a rule. Its
-        prompt and verse together are a document to train on."""
+        """The request that a poem (in the corpus' format) answers; None if it has no known form,
+        or, where this is strict, breaks a rule. Its prompt and verse together are a document to
+        train on."""
         return self._problem_of(*read_poem(poem))
 
     def _problem_of(self, title: str, verse: str) -> Problem | None:
@@ -131,13 +141,17 @@ class Verse(Task):
             if lines is None:
                 continue
             rhymes = rhyme_classes(lines)
-            if not rhymes or len(set(lines)) < len(lines) or tones(lines).kept < 1:
-                return None
-            if not self.rhymes:
-                return make_problem(form, None, title)
             asked = next((rhyme for rhyme in rhymes if rhyme in self.rhymes), None)
-            return make_problem(form, asked, title) if asked else None
+            if self.strict and not (rhymes and (asked or not self.rhymes) and _is_kept(lines)):
+                return None
+            return make_problem(form, asked, title)
         return None
+
+    def guard(self, poems: Iterable[str] | None = None) -> VerseNovelty:
+        """A guard for novelty. The lines of `poems` (in the corpus' format) are not to be copied;
+        without them, those of this task's."""
+        read = self.poems if poems is None else map(read_poem, poems)
+        return VerseNovelty(verse for _, verse in read)
 
     @cached_property
     def _answered(self) -> dict[str, tuple[Problem, list[str]]]:
@@ -183,6 +197,13 @@ def read_poem(text: str) -> tuple[str, str]:
     return found[1], verse
 
 
+def poem_titles(poems: Iterable[str], longest: int = 12) -> tuple[str, ...]:
+    """The titles of poems (in the corpus' format) of at most so many characters, each once: what
+    `Verse(titles=…)` asks for poems on."""
+    titles = (read_poem(poem)[0] for poem in poems)
+    return tuple(dict.fromkeys(title for title in titles if len(title) <= longest))
+
+
 def without_head(answer: str, title: str) -> str | None:
     """The verse, whether or not the asked title stands above it; None if it has another."""
     if not answer.startswith("《"):
@@ -217,6 +238,11 @@ def _verdict(
     }
     fault = next((reason for reason, holds in faults.items() if not holds), None)
     return Verdict(float(fault is None), parts.answer, fault or "right", measures)
+
+
+def _is_kept(lines: Sequence[str]) -> bool:
+    """Whether the poem keeps the rules beside that of rhyme."""
+    return len(set(lines)) == len(lines) and tones(lines).kept == 1
 
 
 def _plan_valid(thought: str, lines: Sequence[str]) -> bool | None:

@@ -68,10 +68,10 @@ def verse_lines(text: str, form: Form) -> tuple[str, ...] | None:
 
 def rhyme_classes(lines: Sequence[str]) -> tuple[str, ...]:
     """The classes in which the poem rhymes: none, one, or two where readings leave it open."""
-    ends = [readings(line)[-1] for line in lines]
     characters = [line[-1] for line in lines[1::2]]
     if len(set(characters)) < len(characters) or lines[0][-1] in characters:
         return ()
+    first, *even = (readings(line)[-1] for line in (lines[0], *lines[1::2]))
 
     def rhymes(end: Readings, name: str) -> bool:
         return (LEVEL, name) in end
@@ -79,8 +79,8 @@ def rhyme_classes(lines: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         name
         for name in CLASSES
-        if all(rhymes(end, name) for end in ends[1::2])
-        and (_may_be(ends[0], OBLIQUE) or rhymes(ends[0], name))
+        if all(rhymes(end, name) for end in even)
+        and (_may_be(first, OBLIQUE) or rhymes(first, name))
     )
 
 

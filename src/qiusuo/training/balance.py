@@ -46,10 +46,12 @@ class ExpertLoad:
             count_E.zero_()
 
     def relative(self) -> dict[int, list[float]]:
-        """Load of each expert, 1.0 being an even share."""
+        """Load of each expert, 1.0 being an even share, in the layers that had tokens:
+        reinforcement leaves the MTP modules out."""
         return {
-            layer: (count_E / count_E.mean().clamp_min(1e-9)).tolist()
+            layer: (count_E / count_E.mean()).tolist()
             for layer, count_E in self.counts.items()
+            if count_E.any()
         }
 
     def max_violation(self) -> dict[int, float]:

@@ -16,7 +16,9 @@ from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.report import write_report
 from qiusuo.runs.summary import write_summary
-from qiusuo.training.recipe import PretrainStage, Recipe
+from qiusuo.training.recipe import Recipe
+from qiusuo.training.scene import StageWork
+from qiusuo.training.stages import PretrainStage, SamplesSection, Stage
 from qiusuo.training.state import StageState
 from qiusuo.training.validation import Validation
 
@@ -26,15 +28,15 @@ CACHE_BYTES = 2  # the cache of a served model is bf16
 def finish_run(
     run: RunFolder,
     recipe: Recipe,
-    stage: PretrainStage,
-    state: StageState,
+    stage: Stage,
+    work: StageWork,
     tokenizer: Tokenizer,
-    validation: Validation | None,
 ) -> str | None:
     """Write model, summary, card and report of a run whose last stage is done. Returns the reason
     where there is no report."""
     dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
-    samples = stage.samples
+    samples, state = getattr(stage, "samples", SamplesSection()), work.state
+    validation: Validation | None = getattr(work, "last_validation", None)
     save_huggingface(
         state.model,
         run.model_path,
@@ -86,7 +88,12 @@ def facts(recipe: Recipe, state: StageState, validation: Validation | None) -> d
     table["License"] = recipe.license
     if recipe.languages:
         table["Languages"] = list(recipe.languages)
-    sources = dict.fromkeys(e.source for stage in recipe.stages for e in stage.data.corpora)
+    sources = dict.fromkeys(
+        entry.source
+        for stage in recipe.stages
+        if isinstance(stage, PretrainStage)
+        for entry in stage.data.corpora
+    )
     table["Data"] = [
         {"name": corpus.name, "license": corpus.licence, "source": corpus.source}
         for corpus in map(open_corpus, sources)

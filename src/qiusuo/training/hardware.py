@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from functools import cache
 
 import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 @cache
@@ -27,3 +31,15 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
         best = min(best, time.perf_counter() - start)
         rounds += 1
     return 2.0 * size**3 / best
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give a step's memory back to the system between two tensors: to have it
+    mapped and zeroed anew, page by page, takes longer than the arithmetic of a small model, most
+    of all beside other processes (docs/log.md). Nothing elsewhere."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(library, "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that it takes
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_TOP_PAD, 1 << 26)

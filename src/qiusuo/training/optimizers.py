@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import ParamsT
 
-from qiusuo.training.recipe import OptimizerSection
+from qiusuo.training.stages import OptimizerSection
 
 # N matrices, R rows, C columns.
 
@@ -46,9 +47,7 @@ class Muon(Optimizer):
     """Momentum SGD with orthogonalised updates. A parameter is one matrix [R, C] or a stack
     [..., R, C]. Weight decay is decoupled, as in AdamW."""
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -97,30 +96,43 @@ def _wide(momentum: Tensor, parameter: nn.Parameter) -> Tensor:
     return momentum_NRC.mT if rows > columns else momentum_NRC
 
 
-def build_optimizers(model: nn.Module, section: OptimizerSection) -> list[Optimizer]:
-    """Every parameter in exactly one optimizer. Routers, norms, embedding and head take AdamW."""
+def build_optimizers(
+    model: nn.Module, section: OptimizerSection, adapter: Iterable[nn.Parameter] = ()
+) -> list[Optimizer]:
+    """Every trainable parameter in exactly one optimizer. Routers, norms, embedding and head take
+    AdamW, as do those of an ``adapter``. What is frozen in part is not decayed: decay would move
+    the frozen part (``expert_selection``). ValueError where nothing is trainable."""
     muon: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = list(adapter)
     plain: list[nn.Parameter] = []
+    muon_plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inside = ".layers." in name and parameter.ndim >= 2
+        whole = not getattr(parameter, "partly_frozen", False)
         if section.kind == "muon" and inside and not name.endswith(".gate.weight"):
             if name.endswith("experts.gate_up_proj"):
                 parameter.two_matrices = True  # type: ignore[attr-defined]
-            muon.append(parameter)
+            (muon if whole else muon_plain).append(parameter)
         else:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": section.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    betas = (section.beta1, section.beta2)
-    optimizers: list[Optimizer] = [
-        AdamW(groups, lr=section.adamw_learning_rate, betas=betas, fused=True)
-    ]
-    if muon:
-        optimizers.append(Muon(muon, section.learning_rate, section.momentum, section.weight_decay))
+            (decayed if whole and parameter.ndim >= 2 else plain).append(parameter)
+    optimizers: list[Optimizer] = []
+    if groups := _groups(decayed, plain, section.weight_decay):
+        betas = (section.beta1, section.beta2)
+        optimizers.append(AdamW(groups, lr=section.adamw_learning_rate, betas=betas, fused=True))
+    if groups := _groups(muon, muon_plain, section.weight_decay):
+        optimizers.append(Muon(groups, section.learning_rate, section.momentum, 0.0))
+    if not optimizers:
+        raise ValueError("nothing to train: every parameter is frozen and there is no adapter")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _groups(
+    decayed: list[nn.Parameter], plain: list[nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": plain})
+    return [{"weight_decay": 0.0} | group for group in groups if group["params"]]

@@ -10,140 +10,33 @@ import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.families import config_from_recipe
+from qiusuo.training.stages import (
+    STAGES,
+    AdapterSection,
+    AskSection,
+    EvaluationSection,
+    Section,
+    Stage,
+    TokenizerSection,
+    stage_named,
+)
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be lived; the message names the key and the remedy."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TokenizerSection(Section):
-    """Which tokenizer: trained on the corpora, or loaded from ``path``."""
-
-    kind: Literal["bpe", "characters", "path"] = "bpe"
-    vocab_size: int = Field(4096, ge=300)
-    min_frequency: int = Field(1, ge=1)
-    path: str | None = None
-
-    @model_validator(mode="after")
-    def path_where_needed(self) -> TokenizerSection:
-        if (self.kind == "path") != (self.path is not None):
-            raise ValueError("path is given where kind is 'path', and only there")
-        return self
-
-    def spec(self) -> dict[str, Any]:
-        """What ``data.prepare`` reads."""
-        if self.path is not None:
-            return {"path": self.path}
-        if self.kind == "characters":
-            return {"kind": "characters", "min_frequency": self.min_frequency}
-        return {"kind": "bpe", "vocab_size": self.vocab_size}
-
-
-class CorpusEntry(Section):
-    """``source``: a built-in or pulled corpus by name, or a file or folder of the user's own."""
-
-    source: str
-    weight: float = Field(1.0, gt=0)
-
-
-class DataSection(Section):
-    corpora: tuple[CorpusEntry, ...] = Field(min_length=1)
-    validation_fraction: float = Field(0.05, gt=0, lt=1)
-    fill_in_the_middle: float = Field(0.0, ge=0, le=1)
-    deduplicate: Literal["none", "exact", "near"] = "none"
-    isolate_documents: bool = False
-
-    @property
-    def duplicate_threshold(self) -> float | None:
-        """Similarity from which a document counts as a copy of an earlier one."""
-        return {"none": None, "exact": 1.0, "near": 0.8}[self.deduplicate]
-
-
-class OptimizerSection(Section):
-    """``muon`` takes the matrices inside the blocks at ``learning_rate``, AdamW the rest at
-    ``adamw_learning_rate``; with ``adamw`` AdamW takes all at ``adamw_learning_rate``."""
-
-    kind: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = Field(0.02, gt=0)
-    adamw_learning_rate: float = Field(0.003, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    momentum: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, gt=0)
-
-
-class ScheduleSection(Section):
-    """Warm-up, then constant with a linear decay at the end (wsd), or a cosine."""
-
-    kind: Literal["wsd", "cosine"] = "wsd"
-    warmup_steps: int = Field(20, ge=0)
-    decay_fraction: float = Field(0.3, ge=0, le=1)
-    final_fraction: float = Field(0.0, ge=0, le=1)
-
-
-class BalanceSection(Section):
-    """V3 §2.1.2: the bias moves by ``bias_update_speed`` a step towards idle experts; the
-    sequence-wise loss is weighted by ``sequence_weight``; V3's own values are the defaults."""
-
-    bias_update_speed: float = Field(0.001, ge=0)
-    sequence_weight: float = Field(0.0001, ge=0)
-
-
-class SamplesSection(Section):
-    """What the model writes, at every validation and at the end."""
-
-    prompts: tuple[str, ...] = ()
-    max_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-
-
-class PretrainStage(Section):
-    """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass. ``minutes``
-    shortens ``steps`` on a slow machine: the plan is made once, from the first steps' pace."""
-
-    kind: Literal["pretrain"] = "pretrain"
-    name: str = "pretrain"
-    steps: int = Field(ge=1)
-    minutes: float | None = Field(None, gt=0)
-    sequence_length: int = Field(ge=2)
-    batch_size: int = Field(ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    compile: bool = False
-    mtp_weight: float = Field(0.3, ge=0)
-    checkpoint_steps: int = Field(200, ge=1)
-    validation_steps: int = Field(0, ge=0)
-    validation_tokens: int = Field(65536, ge=1)
-    data: DataSection
-    optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
-    balance: BalanceSection = BalanceSection()
-    samples: SamplesSection = SamplesSection()
-
-    @model_validator(mode="after")
-    def whole_micro_batches(self) -> PretrainStage:
-        if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError("batch_size must be a multiple of micro_batch_size")
-        if self.minutes is not None and self.schedule.kind != "wsd":
-            raise ValueError("minutes needs the wsd schedule: a cosine must know its end at once")
-        return self
-
-
 class Recipe(Section):
-    """``save_dtype``: the type of the finished model's weights. ``license`` and ``languages`` go
-    onto the model card."""
+    """``base``: a checkpoint to begin from, by path or name, instead of ``model`` and
+    ``tokenizer``. ``save_dtype``: the type of the finished model's weights. ``license`` and
+    ``languages`` go onto the model card."""
 
     name: str = Field(pattern=r"^\w[\w .-]*$")
     description: str = ""
@@ -151,22 +44,44 @@ class Recipe(Section):
     languages: tuple[str, ...] = ()
     seed: int = 1
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    model: dict[str, Any]
+    base: str | None = None
+    model: dict[str, Any] = Field(default_factory=dict)
     tokenizer: TokenizerSection = TokenizerSection()
-    stages: tuple[PretrainStage, ...] = Field(min_length=1)
+    adapter: AdapterSection | None = None
+    ask: AskSection = AskSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    stages: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def known_model_keys(self) -> Recipe:
+    def one_beginning(self) -> Recipe:
+        if (self.base is None) == (not self.model):
+            raise ValueError("give either [model], a new model, or base, one to begin from")
+        if self.base is not None and "tokenizer" in self.model_fields_set:
+            given = self.tokenizer != TokenizerSection()
+            if given:
+                raise ValueError("base has its own tokenizer: leave [tokenizer] out")
+        return self
+
+    @model_validator(mode="after")
+    def stages_fit(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages share a name: {', '.join(names)}")
-        context = self.model_for(vocab_size=1024).max_position_embeddings
-        for stage in self.stages:
-            if stage.sequence_length > context:
-                raise ValueError(
-                    f"stage {stage.name}: sequence_length {stage.sequence_length} is over the "
-                    f"model's max_position_embeddings {context}"
-                )
+        for number, stage in enumerate(self.stages):
+            for key, other in earlier_stages(stage):
+                if other not in names[:number]:
+                    raise ValueError(
+                        f"stage {stage.name}: {key} names {other!r}, which is no earlier stage"
+                    )
+        if self.base is None:
+            context = self.model_for(vocab_size=1024).max_position_embeddings
+            for stage in self.stages:
+                length = getattr(stage, "sequence_length", 0)
+                if length > context:
+                    raise ValueError(
+                        f"stage {stage.name}: sequence_length {length} is over the model's "
+                        f"max_position_embeddings {context}"
+                    )
         return self
 
     def model_for(self, vocab_size: int, **special: Any) -> ModelConfig:
@@ -179,12 +94,26 @@ class Recipe(Section):
             )
         return config_from_recipe({"vocab_size": vocab_size, **special, **self.model})
 
-    def stage(self, name: str) -> PretrainStage:
+    def stage(self, name: str) -> Stage:
         for stage in self.stages:
             if stage.name == name:
                 return stage
         names = [stage.name for stage in self.stages]
         raise RecipeError(f"no stage {name!r}{_nearest(name, names)}; there are {', '.join(names)}")
+
+
+def earlier_stages(stage: Stage) -> list[tuple[str, str]]:
+    """(key, name) of every earlier stage whose result a stage asks for."""
+    asked = [("start_from", getattr(stage, "start_from", None))]
+    asked += [
+        (key, getattr(source, key, None))
+        for source in getattr(stage, "sources", ())
+        for key in ("traces", "taught", "pairs")
+    ]
+    models = [getattr(stage, "model", None)]
+    models += [one.model for key in ("teachers", "models") for one in getattr(stage, key, ())]
+    asked += [("model", stage_named(model)) for model in models]
+    return [(key, name) for key, name in asked if name is not None]
 
 
 def built_in_recipes() -> dict[str, Path]:
@@ -224,8 +153,11 @@ def parse_recipe(table: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _explain(table: Any, detail: dict[str, Any]) -> str:
-    location = detail["loc"]
+    location = _without_tags(detail["loc"])
     key = ".".join(str(part) for part in location)
+    if detail["type"] == "union_tag_invalid":
+        kind = detail["ctx"]["tag"]
+        return f"{key}.kind: {kind!r} is none of {', '.join(STAGES)}{_nearest(kind, list(STAGES))}"
     if detail["type"] != "extra_forbidden":
         given = detail.get("input")
         shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
@@ -234,25 +166,38 @@ def _explain(table: Any, detail: dict[str, Any]) -> str:
             if key
             else str(detail["msg"]).removeprefix("Value error, ")
         )
-    known = _fields_at(location[:-1])
+    known = _fields_at(table, location[:-1])
     return f"{key} is not a key{_nearest(str(location[-1]), known)}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
+def _without_tags(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """pydantic tells the kind of a stage behind its number."""
+    if len(location) > 2 and location[0] == "stages":
+        return (*location[:2], *location[3:])
+    return location
+
+
+def _fields_at(table: Any, location: tuple[Any, ...]) -> list[str]:
     """Field names of the section at this place of a recipe."""
-    places: dict[str, type[Section]] = {
-        "": Recipe,
-        "tokenizer": TokenizerSection,
-        "stages": PretrainStage,
-        "data": DataSection,
-        "corpora": CorpusEntry,
-        "optimizer": OptimizerSection,
-        "schedule": ScheduleSection,
-        "balance": BalanceSection,
-        "samples": SamplesSection,
-    }
-    names = [part for part in location if isinstance(part, str)]
-    return list(places[names[-1] if names else ""].model_fields)
+    section: type[Section] = Recipe
+    for number, part in enumerate(location):
+        if part == "stages":
+            kind = table["stages"][location[number + 1]].get("kind", "pretrain")
+            section = STAGES[kind]
+        elif isinstance(part, str):
+            section = _section_of(section.model_fields[part])
+    return list(section.model_fields)
+
+
+def _section_of(field: FieldInfo) -> type[Section]:
+    """The section that a field holds, one or many of it, or none."""
+    waiting: list[Any] = [field.annotation]
+    while waiting:
+        annotation = waiting.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return annotation
+        waiting += get_args(annotation)
+    raise TypeError(f"{field.annotation} is no section")
 
 
 def _nearest(word: str, known: list[str]) -> str:

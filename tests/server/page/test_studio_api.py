@@ -27,7 +27,7 @@ from qiusuo.server.page import trainings
 from qiusuo.server.page.growing import GrowingFile
 from qiusuo.server.page.run_log import MOST_LOADS, MOST_POINTS, Glance, LogIndex
 from qiusuo.server.settings import Settings
-from tests.runs.conftest import make_run
+from tests.runs.conftest import make_rl_run, make_run
 from tests.server.page.conftest import PATIENCE, Served
 from tests.server.page.test_conversations import ok, refused
 from tests.training import lives
@@ -178,7 +178,7 @@ def test_a_damaged_run_hides_no_other(page: Served, settings: Settings) -> None:
 def test_a_name_does_not_leave_the_folder(page: Served, settings: Settings, name: str) -> None:
     make_run(settings.runs / ".hidden", steps=5)
     make_run(settings.runs.parent / "outside", steps=5)
-    for path in ("/records", "/live", "/report", "/stop", "/resume", "/serve"):
+    for path in ("/records", "/rollouts", "/live", "/report", "/stop", "/resume", "/serve"):
         method = "POST" if path in {"/stop", "/resume", "/serve"} else "GET"
         asked = http.client.HTTPConnection(page.client.base_url.netloc.decode())  # takes any path
         asked.request(method, f"/api/runs/{name}{path}")
@@ -247,6 +247,56 @@ def test_samples_come_from_their_own_file(page: Served, settings: Settings) -> N
     assert told["next"] == (settings.runs / "done" / "samples.jsonl").stat().st_size
     assert len(told["records"]) == 12
     assert told["records"][-1]["continuation"].startswith(" I will search")
+
+
+def test_rollouts_are_paged(page: Served, settings: Settings) -> None:
+    run = make_rl_run(settings.runs / "rl", kept=10)
+    lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+    def asked(**params: Any) -> dict[str, Any]:
+        return ok(page.client.get("/api/runs/rl/rollouts", params=params))
+
+    latest = asked()
+    assert latest["steps"] == [205, 400]
+    assert [one["step"] for one in latest["rollouts"]] == [400] * 10
+    assert latest["next"] is None
+    seen, told = [], asked(first=0, worth="wrong", task="chains/5", most=7)
+    while True:
+        seen += told["rollouts"]
+        if told["next"] is None:
+            break
+        told = asked(worth="wrong", task="chains/5", most=7, start=told["next"])
+    wanted = [one for one in lines if not one["reward"] and one["difficulty"] == 5]
+    assert [one["response"] for one in wanted] == [
+        f"<think>{one['thought']}</think>{one['text']}"
+        if one["answer"]
+        else f"<think>{one['thought']}"
+        for one in seen
+    ]
+    assert not any(one["right"] for one in seen)
+    assert {one["step"] for one in asked(first=206, last=215)["rollouts"]} == {210, 215}
+    make_run(settings.runs / "none", steps=5)
+    nothing = {"rollouts": [], "next": None, "steps": None}
+    assert ok(page.client.get("/api/runs/none/rollouts")) == nothing
+    for params in ({"worth": "odd"}, {"most": 0}, {"most": 201}, {"start": -1}):
+        refused(page.client.get("/api/runs/rl/rollouts", params=params), 422)
+    (run / "rollouts.jsonl").write_text("no json\n")
+    assert "at byte 0" in refused(page.client.get("/api/runs/rl/rollouts"), 409)
+
+
+def test_a_stage_of_reinforcement_is_listed_by_its_reward(page: Served, settings: Settings) -> None:
+    make_rl_run(settings.runs / "rl")
+    [told] = ok(page.client.get("/api/runs"))
+    assert told["loss"] is None
+    assert 0.8 < told["reward"] < 1
+    with RunLog(settings.runs / "rl" / "log.jsonl") as log:
+        log.append(step(401) | {"stage": "sft"})  # what comes after has a loss again
+    [told] = ok(page.client.get("/api/runs"))
+    assert told["reward"] is None
+    assert told["loss"] == pytest.approx(0.99)
+    records = ok(page.client.get("/api/runs/rl/records", params={"kind": "rollout"}))["records"]
+    assert [record["step"] for record in records] == list(range(201, 401))
+    assert records[0]["by_task"].keys() == {"chains/4", "chains/5", "chains/10", "parity/24"}
 
 
 def test_no_byte_is_read_twice(tmp_path: Path) -> None:

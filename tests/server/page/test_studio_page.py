@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from qiusuo.runs.folder import RunFolder
-from tests.runs.conftest import RECIPE, make_run
+from tests.runs.conftest import RECIPE, kept_rollout, make_rl_run, make_run, rollout_record
 from tests.server.page.browser import browser
 from tests.server.page.site import PHONE, Site, site, too_wide, visits
 
@@ -88,6 +89,14 @@ def told(page: Any, title: str, label: str | None = None) -> str:
 def says(page: Any, title: str, wanted: str, label: str | None = None) -> None:
     """Until it says so."""
     value(page, title, label).filter(has_text=re.compile(f"^{re.escape(wanted)}$")).wait_for()
+
+
+def until(page: Any, look: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if look():
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("it did not come")
 
 
 def tab(page: Any, name: str) -> None:
@@ -176,47 +185,83 @@ def test_any_length_of_log_is_drawn(place, visit, path, count):
 # -- what later stages log ----------------------------------------------------------------------
 
 
-def test_every_number_has_a_chart_and_rollouts_a_panel(place, visit, path):
-    records: list[dict[str, Any]] = [
-        step(
-            number,
-            reward=number / 10,
-            pass_at_1=0.25,
-            pass_at_8=0.75,
-            length_right=100,
-            length_wrong=200,
-            my_measure=42.0,
-            my_list=[1.5, 2.5],
-            loss="NaN" if number == 5 else 0.5,
-        )
-        for number in range(1, 10)
-    ]
-    question = {"kind": "rollout", "step": 9, "prompt": "What is 1 + 1?"}
-    records += [
-        question | {"answer": "2 " + HOSTILE, "thought": "I count.", "reward": 1.0},
-        question | {"answer": "three", "thought": "", "reward": 0.0},
-    ]
+def test_every_number_has_a_chart(place, visit, path):
+    records: list[dict[str, Any]] = []
+    for number in range(1, 10):
+        learnt = {"kind": "rollout", "step": number, "stage": "rl", "reward": number / 10}
+        by_task = {"by_task": {"chains/10": 0.5, "chains/5": 0.875}}
+        lengths = {"length_right": 100, "length_wrong": 200, "my_reward": 41.0}
+        records.append(learnt | {"pass_at_1": 0.25, "pass_at_k": 0.75, "k": 8} | lengths | by_task)
+        loss = "NaN" if number == 5 else 0.5
+        stage = "sft" if number < 7 else "rl"
+        more = {"my_measure": 42.0, "my_list": [1.5, 2.5]}
+        records.append(step(number, stage=stage, loss=loss, **more))
+    tasks = {"chains/5": {"accuracy": 0.5, "accuracy_low": 0.4, "pass_at_8": 0.9, "length": 30.0}}
+    records.append({"kind": "validation", "step": 9, "stage": "rl", "tasks": tasks})
     written(path, *records)
     page = visit(f"{place.address}/studio/{path.name}")
     says(page, "Reward", "0.9000")  # what one looks for stands first, and large
     assert page.locator(".st-lead .st-chart-title").inner_text() == "Reward"
-    assert told(page, "Solved: pass@1 and pass@k", "pass@8") == "75.00"
+    assert told(page, "Solved: pass@1 and pass@k", "pass@k") == "75.00"
     assert told(page, "Length of answers", "wrong answers") == "200.0"
+    assert told(page, "Solved by task", "chains/5") == "87.50"
+    assert told(page, "Accuracy, held-out problems", "chains/5") == "50.00"
+    assert told(page, "pass@8, held-out problems", "chains/5") == "90.00"
+    assert told(page, "Length, held-out problems", "chains/5") == "30.00"
+    assert page.get_by_role("figure", name="accuracy low").count() == 0
+    says(page, "my reward", "41.00")
+    says(page, "Loss of the policy", "0.5000")  # in no unit, and so on no chart with others
     into_view(chart(page, "Loss"))
     chart(page, "Loss").get_by_text("Values that are no numbers: 1").wait_for()
     says(page, "my measure", "42.00")
     assert chart(page, "my list").locator(".st-key").count() == 2
 
+
+def test_rollouts_are_browsed(place, visit, path):
+    make_rl_run(path, kept=40)
+    page = visit(f"{place.address}/studio/{path.name}")
     tab(page, "Rollouts")
     answers = page.locator(".st-rollout")
-    assert answers.count() == 2
+    page.get_by_role("heading", name="step 400").wait_for()
+    assert answers.count() == 30
+    page.get_by_role("button", name="Show more").click()
+    until(page, lambda: answers.count() == 40)
+    assert page.get_by_role("button", name="Show more").count() == 0
+
+    page.get_by_role("button", name="wrong", exact=True).click()
+    until(page, lambda: 0 < answers.count() < 10)
+    assert answers.filter(has=page.locator(".badge.ok")).count() == 0
+    first = answers.filter(has_text="not closed").first
+    assert "<b>bold</b>" in first.inner_text()  # what a model wrote is text
+    assert first.locator("b").count() == 0
+    assert "no answer" in first.inner_text()
+
+    page.get_by_label("First step shown").fill("203")
+    page.get_by_role("heading", name="step 205").wait_for()
     page.get_by_role("button", name="right", exact=True).click()
-    assert answers.count() == 1
-    assert not answers.get_by_text("I count.").is_visible()
-    answers.get_by_text("Thought").click()
-    answers.get_by_text("I count.").wait_for()
-    assert answers.locator("img, script").count() == 0
-    assert "hacked" not in page.title()
+    until(page, lambda: answers.filter(has=page.locator(".badge.danger")).count() == 0)
+    page.get_by_label("Task").select_option("chains/5")
+    until(page, lambda: answers.filter(has_text="chains/4").count() == 0)
+    told = answers.first.inner_text()
+    for words in ("reward 1", "07+35+2+42=", "07+35=321+2=521+42=941", "advantage +0.625"):
+        assert words in told
+    page.get_by_label("Task").select_option("parity/24")
+    page.get_by_text("No such answer from here on").wait_for()
+
+
+def test_new_rollouts_come_by_themselves(place, visit, path):
+    with begun(path) as run, run.open_log() as log, run.open_rollouts() as rollouts:
+        log.append(rollout_record(1, 0, 9, np.random.default_rng(0)))
+        page = visit(f"{place.address}/studio/{path.name}")
+        tab(page, "Rollouts")
+        page.get_by_text("This run kept no answers").wait_for()
+        for number in (2, 3):
+            rollouts.append(kept_rollout(number, 0, True) | {"prompt": f"{HOSTILE}{number}"})
+            log.append(rollout_record(number, 0, 9, np.random.default_rng(0)))
+            page.get_by_role("heading", name=f"step {number}", exact=True).wait_for()
+        assert page.locator(".st-rollout").count() == 1
+        assert page.locator(".st-rollout img").count() == 0
+        assert "hacked" not in page.title()
 
 
 def test_no_rollouts_no_panel(place, visit, path):
@@ -377,6 +422,13 @@ def test_a_phone_in_chinese(place, visit, path):
     for name in ("专家", "文本", "配方"):
         tab(page, name)
         assert too_wide(page) == []
+    learnt = make_rl_run(path.with_name("phone-rl"), kept=12)
+    page.goto(f"{place.address}/studio/{learnt.name}")
+    told(page, "各题型的解出率", "chains/5")
+    assert too_wide(page) == []
+    tab(page, "作答")
+    page.get_by_role("heading", name="第 400 步").wait_for()
+    assert too_wide(page) == []
 
 
 def test_what_is_not_there_is_said(place, visit):

@@ -174,7 +174,7 @@ function panelsAcross(runs: Drawn[]): Panel[] {
 }
 
 function titleOf(panel: Panel): string {
-  const known = panel.title && studioWord(`chart_${panel.title}`);
+  const known = panel.measure ? t("heldOut", { measure: measureName(panel.measure) }) : panel.title && studioWord(`chart_${panel.title}`);
   if (!known) return plainName(panel.curves[0]!.field);
   // A part of a larger panel, on its own when runs are compared.
   if (panel.id.includes("/")) {
@@ -184,7 +184,12 @@ function titleOf(panel: Panel): string {
   return known;
 }
 
+function measureName(measure: string): string {
+  return studioWord(`measure_${measure}`) ?? plainName(measure);
+}
+
 function labelOf(curve: Curve, title: string): string {
+  if (curve.task !== undefined) return curve.task;
   if (curve.index !== undefined) return t("layer", { n: curve.index + 1 });
   if (curve.label === undefined) return curve.field === title ? title : plainName(curve.field);
   return studioWord(`field_${curve.label}`) ?? title;

@@ -22,6 +22,8 @@ export interface Run {
   eta_seconds: number | null;
   loss: number | string | null;
   best: number | string | null;
+  /** Of the last step, while a stage of reinforcement trains. */
+  reward: number | string | null;
   /** Whether there is a model to talk to, a report to read. */
   model: boolean;
   report: boolean;

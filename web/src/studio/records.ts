@@ -3,7 +3,7 @@
 // JSON has no NaN: the log writes it as the string "NaN" (and "Infinity"), and a chart shows a gap
 // there. A resumed run may write steps a second time; what was later than such a step is dropped.
 
-import { fieldKey, isCurveField, type Source } from "./fields";
+import { fieldKey, isCurveField, SOURCES, type Source } from "./fields";
 
 export interface LogRecord {
   kind: string;
@@ -17,15 +17,6 @@ export interface Sample {
   continuation: string;
 }
 
-export interface Rollout {
-  step: number;
-  prompt: string;
-  answer: string;
-  thought?: string;
-  reward?: number;
-  [field: string]: unknown;
-}
-
 export interface Happening {
   step?: number;
   text: string;
@@ -35,7 +26,7 @@ export interface Happening {
 export type XAxis = "step" | "tokens" | "seconds";
 export type Column = (number | null)[];
 
-const MOST_TEXTS = 400; // samples, rollouts and events kept: the newest
+const MOST_TEXTS = 400; // samples and events kept: the newest
 
 /** One kind of record as columns of one length. */
 class Table {
@@ -50,7 +41,7 @@ class Table {
     this.steps.push(record.step!);
     this.tokens.push(finite(record.tokens));
     this.seconds.push(finite(record.seconds));
-    for (const [field, value] of Object.entries(record)) {
+    for (const [field, value] of fieldsOf(record)) {
       if (!isCurveField(field)) continue;
       if (isNumeric(value)) put(columnOf(this.scalars, field), row, finite(value));
       else if (isNumericList(value)) this.addList(field, row, value);
@@ -84,19 +75,19 @@ export interface Load {
 }
 
 export class RunRecords {
-  readonly tables: Record<Source, Table> = { step: new Table(), validation: new Table() };
+  readonly tables: Record<Source, Table> = { step: new Table(), rollout: new Table(), validation: new Table() };
   loads: Load[] = [];
   samples: Sample[] = [];
-  rollouts: Rollout[] = [];
   events: Happening[] = [];
   /** Where stages begin: [first step, name]. */
   stages: [number, string][] = [];
+  /** Stages of reinforcement: their loss is that of a policy and belongs on no chart of others. */
+  private policies = new Set<unknown>();
 
   add(record: LogRecord): void {
     const { kind, step } = record;
-    if ((kind === "step" || kind === "validation") && typeof step === "number") this.addNumbers(kind, record);
+    if (isSource(kind) && typeof step === "number") this.addNumbers(kind, record);
     else if (kind === "sample") this.addSample(record as unknown as Sample);
-    else if (kind === "rollout") this.rollouts = withLatest(this.rollouts, asRollout(record));
     else if (kind === "event") this.events = withLatest(this.events, record as unknown as Happening);
   }
 
@@ -106,11 +97,15 @@ export class RunRecords {
     const last = table.steps.at(-1);
     if (last !== undefined && step <= last) {
       table.cut(step);
-      if (kind === "step") this.forgetFrom(step);
+      if (kind === "step") this.loads = this.loads.filter((load) => load.step < step);
+      if (kind === "step" && step < last) this.forgetFrom(step);
     }
-    table.add(record);
-    if (kind !== "step") return;
-    if (isLoad(record.expert_load)) this.loads.push({ step, rows: record.expert_load.map((row) => row.map(finite)) });
+    if (kind === "rollout") this.policies.add(record.stage);
+    const { loss, ...others } = record;
+    const ofPolicy = kind === "step" && loss !== undefined && this.policies.has(record.stage);
+    table.add(ofPolicy ? { ...others, policy_loss: loss } : record);
+    if (kind === "validation") return;
+    if (kind === "step" && isLoad(record.expert_load)) this.loads.push({ step, rows: record.expert_load.map((row) => row.map(finite)) });
     if (typeof record.stage === "string" && this.stages.at(-1)?.[1] !== record.stage) {
       this.stages.push([step, record.stage]);
     }
@@ -125,9 +120,8 @@ export class RunRecords {
 
   private forgetFrom(step: number): void {
     this.tables.validation.cut(step);
-    this.loads = this.loads.filter((load) => load.step < step);
+    this.tables.rollout.cut(step);
     this.samples = this.samples.filter((sample) => sample.step < step);
-    this.rollouts = this.rollouts.filter((rollout) => rollout.step < step);
     this.stages = this.stages.filter(([first]) => first < step);
   }
 
@@ -136,14 +130,14 @@ export class RunRecords {
   }
 
   scalarKeys(): string[] {
-    return (["step", "validation"] as const).flatMap((source) =>
+    return SOURCES.flatMap((source) =>
       [...this.tables[source].scalars].filter(([, column]) => column.length).map(([field]) => fieldKey(source, field)),
     );
   }
 
   listKeys(): Map<string, number> {
     return new Map(
-      (["step", "validation"] as const).flatMap((source) =>
+      SOURCES.flatMap((source) =>
         [...this.tables[source].lists].map(([field, columns]) => [fieldKey(source, field), columns.length] as const),
       ),
     );
@@ -153,7 +147,8 @@ export class RunRecords {
   xs(source: Source, axis: XAxis): Column {
     const table = this.tables[source];
     if (axis === "step") return table.steps;
-    // A validation's own "tokens" are those it looked at; the tokens trained on are its step's.
+    // A validation's own "tokens" are those it looked at, and rollouts have none; the tokens trained
+    // on are their step's.
     return source === "step" ? table[axis] : table.steps.map((step) => this.placeOf(step, axis));
   }
 
@@ -252,17 +247,25 @@ function withLatest<T>(list: T[], item: T): T[] {
   return [...list.slice(1 - MOST_TEXTS), item];
 }
 
-function asRollout(record: LogRecord): Rollout {
-  const text = (...names: string[]) => {
-    for (const name of names) if (typeof record[name] === "string") return record[name] as string;
-    return "";
-  };
-  return {
-    ...record,
-    step: record.step ?? 0,
-    prompt: text("prompt", "question"),
-    answer: text("answer", "completion", "continuation"),
-    thought: text("thought", "reasoning_content") || undefined,
-    reward: finite(record.reward) ?? undefined,
-  };
+function isSource(kind: string): kind is Source {
+  return (SOURCES as readonly string[]).includes(kind);
+}
+
+/** A record's fields; what it holds by task becomes a field for each: "by_task:chains/5",
+ * "accuracy:chains/5". */
+function* fieldsOf(record: LogRecord): Generator<[string, unknown]> {
+  for (const [field, value] of Object.entries(record)) {
+    if (!isTable(value)) yield [field, value];
+    else if (field !== "tasks") for (const [task, rate] of Object.entries(value)) yield [`${field}:${task}`, rate];
+    else {
+      for (const [task, measures] of Object.entries(value)) {
+        if (!isTable(measures)) continue;
+        for (const [measure, one] of Object.entries(measures)) yield [`${measure}:${task}`, one];
+      }
+    }
+  }
+}
+
+function isTable(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }

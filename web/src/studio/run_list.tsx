@@ -132,8 +132,8 @@ function RunRow({ run, chosen, choose }: { run: Run; chosen: boolean; choose?: (
           <small class="faint numbers">{whereabouts(run)}</small>
         </span>
         <span class="st-run-loss numbers">
-          <b>{figure(Number(run.loss ?? NaN))}</b>
-          <small class="faint">{run.best != null ? t("best", { value: figure(Number(run.best)) }) : t("loss")}</small>
+          <b>{figure(Number(run.reward ?? run.loss ?? NaN))}</b>
+          <small class="faint">{run.reward != null ? t("rewardNow") : run.best != null ? t("best", { value: figure(Number(run.best)) }) : t("loss")}</small>
         </span>
       </a>
     </li>

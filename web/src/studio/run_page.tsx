@@ -19,7 +19,8 @@ import { Tabs } from "./parts";
 import type { RunRecords } from "./records";
 import { Report } from "./report";
 import { Progress, StateBadge, whereabouts } from "./run_list";
-import { Events, Rollouts, Samples } from "./texts";
+import { Rollouts } from "./rollouts";
+import { Events, Samples } from "./texts";
 
 type Tab = "curves" | "experts" | "texts" | "rollouts" | "recipe" | "report";
 
@@ -67,7 +68,7 @@ export function RunPage({ id }: { id: string }) {
             <Events events={records.events} />
           </div>
         )}
-        {shown === "rollouts" && <Rollouts rollouts={records.rollouts} />}
+        {shown === "rollouts" && <Rollouts id={run.id} records={records} version={version} />}
         {shown === "recipe" && <RecipeTab run={run} />}
         {shown === "report" && <Report id={run.id} name={run.name} />}
       </div>
@@ -79,7 +80,7 @@ function tabsOf(run: RunDetail, records: RunRecords): Tab[] {
   const tabs: Tab[] = ["curves"];
   if (records.loads.length) tabs.push("experts");
   if (records.samples.length || records.events.length) tabs.push("texts");
-  if (records.rollouts.length) tabs.push("rollouts");
+  if (records.tables.rollout.steps.length) tabs.push("rollouts");
   tabs.push("recipe");
   if (run.report) tabs.push("report");
   return tabs;
@@ -197,14 +198,17 @@ function RunHead({ run, live, talk }: { run: RunDetail; live: LiveRun; talk?: ()
 function KeyFigures({ records }: { records: RunRecords; version: number }) {
   const seconds = records.tables.step.seconds.at(-1) ?? null;
   const tokens = records.tables.step.tokens.at(-1) ?? null;
+  const reward = records.last("reward", "rollout");
   const percent = (value: number | null) => value === null ? null : `${figure(value * 100)} %`;
   const plain = (value: number | null) => (value === null ? null : figure(value));
   const all: [StudioWord, string | null][] = [
-    ["figure_reward", plain(records.last("reward"))],
-    ["figure_pass", percent(records.last("pass_at_1"))],
-    ["figure_loss", plain(records.lastSmoothed("loss"))],
+    ["figure_reward", plain(reward)],
+    ["figure_pass", percent(records.last("pass_at_1", "rollout"))],
+    ["figure_length", plain(records.last("length", "rollout"))],
+    ["figure_entropy", plain(records.last("entropy", "rollout"))],
+    ["figure_loss", reward === null ? plain(records.lastSmoothed("loss")) : null],
     ["figure_validation", plain(records.last("loss", "validation"))],
-    ["figure_bits", plain(records.last("bits_per_character", "validation"))],
+    ["figure_bits", reward === null ? plain(records.last("bits_per_character", "validation")) : null],
     ["figure_speed", plain(records.lastSmoothed("tokens_per_second"))],
     ["figure_tokens", tokens === null ? null : short(tokens)],
     ["figure_time", seconds === null ? null : duration(seconds)],

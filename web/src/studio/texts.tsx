@@ -1,12 +1,9 @@
-// What the model writes: samples after the same openings, and rollouts with what they were worth.
+// What the model writes after the same openings, and what happened.
 
-import { useState } from "preact/hooks";
 import { number } from "../i18n";
 import { studioWords as t } from "../i18n/studio";
 import { IconButton } from "../shell/ui";
-import { tick } from "./numbers";
-import { Segments } from "./parts";
-import type { Happening, Rollout, Sample } from "./records";
+import type { Happening, Sample } from "./records";
 
 /** Newest first, those of one step together. */
 export function Samples({ samples, most, onTry }: { samples: Sample[]; most?: number; onTry?: (prompt: string) => void }) {
@@ -32,54 +29,6 @@ export function Samples({ samples, most, onTry }: { samples: Sample[]; most?: nu
         </section>
       ))}
     </>
-  );
-}
-
-const WORTHS = ["all", "right", "wrong"] as const;
-type Worth = (typeof WORTHS)[number];
-const MOST_ROLLOUTS = 60;
-
-export function Rollouts({ rollouts }: { rollouts: Rollout[] }) {
-  const [worth, setWorth] = useState<Worth>("all");
-  const chosen = rollouts.filter(
-    ({ reward = 0 }) => worth === "all" || (worth === "right") === reward > 0,
-  );
-  const names = { all: t("allRewards"), right: t("onlyRight"), wrong: t("onlyWrong") };
-  return (
-    <section class="st-rollouts">
-      <div class="st-heat-head">
-        <p class="st-hint">{t("rolloutsHint")}</p>
-        <Segments label={t("rollouts")} values={WORTHS} chosen={worth} name={(one) => names[one]} choose={setWorth} hidden />
-      </div>
-      {chosen
-        .slice(-MOST_ROLLOUTS)
-        .reverse()
-        .map((rollout, i) => (
-          <OneRollout key={`${rollout.step}/${chosen.length - i}`} rollout={rollout} />
-        ))}
-    </section>
-  );
-}
-
-function OneRollout({ rollout }: { rollout: Rollout }) {
-  const { step, prompt, answer, thought, reward } = rollout;
-  return (
-    <article class="card st-rollout">
-      <header>
-        <span class="faint">{t("atStep", { step: number(step) })}</span>
-        {reward !== undefined && (
-          <span class={reward > 0 ? "badge ok" : "badge danger"}>{t("reward", { value: tick(reward) })}</span>
-        )}
-      </header>
-      <p class="st-text st-given">{prompt}</p>
-      {thought && (
-        <details class="st-thought">
-          <summary>{t("thought")}</summary>
-          <p class="st-text">{thought}</p>
-        </details>
-      )}
-      <p class="st-text">{answer}</p>
-    </article>
   );
 }
 

@@ -28,19 +28,22 @@ MOST_TEXTS = 500  # samples, events and the like: the latest
 MOST_TEXT_BYTES = 4 << 20
 MOST_LOADS = 200  # rows of a heat map
 MOST_CELLS = 400_000  # numbers of all its rows
-NUMERIC = {"step", "validation"}
-LEADING = ("reward", "loss", "pass_at_1")  # the first that is there keeps its every spike
+NUMERIC = {"step", "rollout", "validation"}
+LEADING = ("reward", "loss")  # the first that is there keeps its every spike
 SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-STEP, VALIDATION = b'"kind": "step"', b'"kind": "validation"'
+STEP, ROLLOUT = b'"kind": "step"', b'"kind": "rollout"'
+VALIDATION = b'"kind": "validation"'
 
 Record = dict[str, Any]
 
 
 class Glance(GrowingFile):
-    """The first and last step of a log and its lowest validation loss. Not for several threads."""
+    """The first and last step of a log, its last rollouts and its lowest validation loss. Not for
+    several threads."""
 
     first: Record | None = None
     last: Record | None = None
+    rollout: Record | None = None
     best: float | None = None
 
     def refresh(self) -> None:
@@ -49,6 +52,7 @@ class Glance(GrowingFile):
             if self.first is None:
                 self.first = _record_at(data, data.find(STEP))
             self.last = _record_at(data, data.rfind(STEP)) or self.last
+            self.rollout = _record_at(data, data.rfind(ROLLOUT)) or self.rollout
             place = data.find(VALIDATION)
             while place >= 0:
                 loss = (_record_at(data, place) or {}).get("loss")
@@ -57,7 +61,7 @@ class Glance(GrowingFile):
                 place = data.find(VALIDATION, place + 1)
 
     def forget(self) -> None:
-        self.first = self.last = self.best = None
+        self.first = self.last = self.rollout = self.best = None
 
 
 class _Table:

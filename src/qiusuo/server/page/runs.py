@@ -14,6 +14,7 @@ from qiusuo.runs.facts import RunFacts
 from qiusuo.runs.folder import RunFolder, read_recipe, read_status
 from qiusuo.runs.lock import writer_of
 from qiusuo.runs.progress import Progress
+from qiusuo.runs.rollouts import is_right, read_rollouts, rollout_steps, split_response
 from qiusuo.runs.series import is_number
 from qiusuo.runs.summary import read_summary
 from qiusuo.server.api.errors import ApiError
@@ -60,8 +61,11 @@ class Runs:
             environment = self._environment(path)
             glance = self._glance(name)
         first, last = glance.first or {}, glance.last or {}
+        rollout = glance.rollout or {}
+        if _whole(rollout.get("step")) < _whole(last.get("step")):
+            rollout = {}  # a later stage learns otherwise
         state = _state(path, status)
-        step = max(_whole(status.get("step")), _whole(last.get("step")))
+        step = max(_whole(told.get("step")) for told in (status, last, rollout))
         steps = max(_whole(status.get("steps")), step) or _planned(recipe)
         return to_json(
             {
@@ -72,10 +76,11 @@ class Runs:
                 "started": _seconds(environment.get("started")) or path.stat().st_mtime,
                 "step": step,
                 "steps": steps,
-                "stage": status.get("stage") or last.get("stage") or "",
+                "stage": status.get("stage") or (rollout or last).get("stage") or "",
                 "progress": 1.0 if state == "finished" else step / steps if steps else 0.0,
                 "eta_seconds": self._seconds_left(path, state, steps, first, last),
-                "loss": last.get("loss"),
+                "loss": None if rollout else last.get("loss"),
+                "reward": rollout.get("reward"),
                 "best": glance.best,
                 "model": (path / "model" / "config.json").is_file(),
                 "error": status.get("error") if state in {"failed", "interrupted"} else None,
@@ -117,6 +122,28 @@ class Runs:
             while len(self._indexes) > MOST_INDEXES:
                 self._indexes.pop(next(iter(self._indexes)))
         return found
+
+    def rollouts(
+        self,
+        name: str,
+        first: int | None,
+        last: int | None,
+        right: bool | None,
+        task: str | None,
+        start: int | None,
+        most: int,
+    ) -> dict[str, Any]:
+        """A page of a run's answers, from the last step that has any where no ``first`` is given,
+        and the first and last step of which there are any."""
+        path = RunFolder.open(self.path(name), lock=False).rollouts_path
+        try:
+            bounds = rollout_steps(path)
+            begin = first if first is not None else bounds[1] if bounds else 0
+            page = read_rollouts(path, begin, last, right=right, task=task, start=start, most=most)
+        except RunError as error:
+            raise ApiError(409, str(error)) from error
+        shown = [_shown(rollout) for rollout in page.rollouts]
+        return to_json({"rollouts": shown, "next": page.next, "steps": bounds})
 
     def logs(self, name: str) -> tuple[Path, Path]:
         """The run's log and its samples."""
@@ -166,6 +193,12 @@ class Runs:
         progress.add({"step": _whole(last.get("step"))}, spent)
         since = time.time() - (path / "log.jsonl").stat().st_mtime
         return progress.seconds_left(spent + max(since, 0.0))
+
+
+def _shown(rollout: dict[str, Any]) -> dict[str, Any]:
+    """An answer with its thought apart, and whether it counts as right."""
+    thought, text = split_response(str(rollout.pop("response", "")))
+    return rollout | {"thought": thought, "text": text, "right": is_right(rollout)}
 
 
 def is_plain(name: str) -> bool:

@@ -80,6 +80,25 @@ def get_records(
     return {"records": to_json(records), "next": following}
 
 
+@router.get("/runs/{run}/rollouts")
+def get_rollouts(
+    run: str,
+    caller: CallerDep,
+    parts: PartsDep,
+    first: Byte = None,
+    last: Byte = None,
+    worth: Literal["right", "wrong"] | None = None,
+    task: Annotated[str | None, Query(max_length=200)] = None,
+    start: Byte = None,
+    most: Annotated[int, Query(ge=1, le=200)] = 30,
+) -> dict[str, Any]:
+    """Answers of steps `first` (if not given: the last with any) to `last` of reinforcement, in
+    their order, those of one "task" or "task/difficulty" if it is named. `next`, given as `start`,
+    is where the next page begins; `steps` are the first and last step of which there are any."""
+    right = None if worth is None else worth == "right"
+    return parts.runs.rollouts(run, first, last, right, task, start, most)
+
+
 @router.get("/runs/{run}/live", response_class=StreamingResponse)
 async def watch_run(
     run: str, caller: CallerDep, parts: PartsDep, after: Byte = None, samples_after: Byte = None

@@ -1,0 +1,50 @@
+"""The tasks that a recipe names, and their problems as training asks for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from qiusuo.data.corpora import open_corpus
+from qiusuo.tasks.registry import find_task
+from qiusuo.tasks.task import Problem, SplitName, Task, problems
+from qiusuo.training.stages import TaskEntry
+
+Stream = list[Problem]
+
+
+def task_of(entry: TaskEntry) -> Task:
+    """The entry's task, made from its corpus where it has one. TaskError or DataError where there
+    is none."""
+    options = tuple(sorted(entry.options.items()))
+    return _made(entry.task, entry.corpus, options)
+
+
+@lru_cache(maxsize=16)  # a corpus of poems takes seconds to read
+def _made(name: str, corpus: str | None, options: tuple[tuple[str, Any], ...]) -> Task:
+    more = dict(options)
+    if corpus is not None:
+        more["poems"] = tuple(open_corpus(corpus).documents())
+    return find_task(name, **more)
+
+
+def problem_at(entry: TaskEntry, split: SplitName, seed: int, index: int) -> Problem:
+    """Problem ``index`` of the entry's stream."""
+    stream = problems(task_of(entry), split, seed, entry.difficulties, 1, start=index)
+    return next(stream)
+
+
+def vocabulary_texts(entries: Sequence[TaskEntry]) -> Iterator[str]:
+    """Texts with every character that the entries' prompts and answers use."""
+    for entry in entries:
+        task = task_of(entry)
+        if task.alphabet is not None:
+            yield task.alphabet
+            continue
+        for index in range(500):
+            problem = problem_at(entry, "train", 0, index)
+            yield problem.prompt
+            yield problem.question
+            yield task.solution(problem, random.Random(index), thought=True)

@@ -1,0 +1,188 @@
+"""The life of one stage in its run folder: steps, looks and checkpoints, to its end or a stop."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+from qiusuo.checkpoint.training_state import load_state
+from qiusuo.runs.console import LiveView
+from qiusuo.runs.folder import RunFolder
+from qiusuo.runs.log import read_log
+from qiusuo.training.beginning import attach_adapter, build_model
+from qiusuo.training.finish import draw_report, finish_run
+from qiusuo.training.kinds import work_of
+from qiusuo.training.looks import TaskLook, check_prompts, write_samples
+from qiusuo.training.recipe import Recipe, earlier_stages
+from qiusuo.training.scene import Scene, TrainingError
+from qiusuo.training.stages import Stage
+from qiusuo.training.state import take_weights
+from qiusuo.training.steps import PACE_STEPS
+from qiusuo.training.vocabulary import run_tokenizer
+
+STATUS_SECONDS = 1.0  # between two writings of status.json
+
+
+class StageLife:
+    """Made ready: data, model with the right weights, and the work of the stage's kind."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, run: RunFolder, device: str) -> None:
+        self.recipe, self.stage, self.run = recipe, stage, run
+        self.tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
+        model = build_model(recipe, self.tokenizer).to(device)
+        check_prompts(stage, self.tokenizer, model.config.max_position_embeddings)
+        adapter = attach_adapter(recipe, model)
+        checkpoint = last_state(run)
+        if checkpoint is not None:
+            take_weights(model, adapter, self.starting_weights(checkpoint))
+        scene = Scene(recipe, stage, run, self.tokenizer, model, adapter, self.note)
+        self.work = work_of(scene)
+        self.state = self.work.state
+        self.task_look = TaskLook(scene)
+        if checkpoint is not None:
+            self.state.take_over(checkpoint)
+        self.saved_at = self.resumed_at = self.state.run_step if checkpoint is not None else -1
+        self.status_at = -STATUS_SECONDS
+
+    def starting_weights(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint's own, unless the stage begins now and from another stage's end."""
+        start_from = getattr(self.stage, "start_from", None)
+        if start_from is None or checkpoint["stage"] == self.stage.name:
+            return checkpoint
+        return state_at_end(self.run, checkpoint, start_from)
+
+    def place(self) -> dict[str, Any]:
+        """Where the run stands, as its status says it."""
+        state = self.state
+        steps = state.run_step - state.step + state.planned
+        return {"stage": state.stage, "step": state.run_step, "steps": steps}
+
+    def live(self, last: bool) -> bool:
+        """Train to the stage's end; false where someone stopped it."""
+        run, state = self.run, self.state
+        with run.open_log() as log, run.open_samples() as samples, _Stop() as stop:
+            log.truncate_after(self.saved_at)
+            # The look at a stage's end comes after its last checkpoint, and is then done again.
+            samples.truncate_after(self.saved_at - (state.step >= state.planned))
+            title = f"{self.recipe.name}: {self.stage.name}"
+            with LiveView(self.place()["steps"], title, start_step=state.run_step) as view:
+                self.log, self.samples, self.view, self.stop = log, samples, view, stop
+                if state.run_step == 0 and self.recipe.base is not None:
+                    self.look(whole=True, when="before")
+                gc.collect()
+                gc.freeze()  # what is loaded by now stays: no need to walk it again and again
+                try:
+                    self.work.run(self.after_step)
+                finally:
+                    self.work.close()
+                finished = state.step >= state.planned
+                if finished:
+                    state.ends[state.stage] = state.run_step
+                self.checkpoint()
+                if finished:
+                    self.look(whole=True, when="after")
+        if finished and last:
+            report_missing = finish_run(run, self.recipe, self.stage, self.work, self.tokenizer)
+            if report_missing:
+                print(f"report.html was not drawn: {report_missing}")
+        elif not finished:
+            run.set_status("interrupted", **self.place())
+            draw_report(run)
+        return finished
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.log.append(record)
+        self.view.update(record)
+
+    def after_step(self) -> bool:
+        """Between steps: look, save, or stop. True to stop."""
+        stage, state = self.stage, self.state
+        place = self.place()
+        self.view.set_total(place["steps"])
+        if time.monotonic() - self.status_at > STATUS_SECONDS:
+            self.run.set_status("running", **place)
+            self.status_at = time.monotonic()
+        if state.step < state.planned:
+            if stage.validation_steps and state.step % stage.validation_steps == 0:
+                self.look(whole=False)
+            planned_now = stage.minutes is not None and state.step == PACE_STEPS
+            if state.step % stage.checkpoint_steps == 0 or planned_now:
+                self.checkpoint()
+        return self.stop.asked
+
+    def look(self, whole: bool, when: str | None = None) -> None:
+        """Measure, and let the model write."""
+        state = self.state
+        step = {"step": state.run_step}
+        records = list(self.work.look(whole))  # always: the summary tells the last one
+        if not self.has_validated():
+            records.append(self.task_look.look())
+            merged = {key: value for record in records for key, value in record.items()}
+            if merged:
+                where = {"stage": state.stage, "seconds": state.seconds}
+                self.note({**step, **merged, **where, **({"when": when} if when else {})})
+        for record in write_samples(state.model, self.tokenizer, self.stage):
+            sample = {"kind": "sample", **step, **record}
+            self.samples.append(sample)
+            self.view.update(sample)
+
+    def has_validated(self) -> bool:
+        """Whether the log of a resumed run has this step's validation already."""
+        step = self.state.run_step
+        return step == self.resumed_at and any(
+            record["kind"] == "validation" and record["step"] == step
+            for record in read_log(self.run.log_path)
+        )
+
+    def checkpoint(self) -> None:
+        state = self.state
+        if state.run_step == self.saved_at:
+            return
+        self.log.sync()  # a checkpoint is never ahead of the log
+        with self.run.new_checkpoint(state.run_step) as folder:
+            state.save(folder)
+        self.saved_at = state.run_step
+        asked_for = {name for stage in self.recipe.stages for _, name in earlier_stages(stage)}
+        kept = [step for name, step in state.ends.items() if name in asked_for]
+        self.run.prune(keep=2, protect=kept)
+
+
+def last_state(run: RunFolder) -> dict[str, Any] | None:
+    latest = run.latest_checkpoint()
+    return None if latest is None else load_state(latest[1])
+
+
+def state_at_end(run: RunFolder, checkpoint: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What an earlier stage ended with."""
+    step = checkpoint["ends"].get(stage)
+    folder = dict(run.checkpoints()).get(step)
+    if folder is None:
+        raise TrainingError(f"{run.path} no longer holds the end of stage {stage!r}")
+    return load_state(folder)
+
+
+class _Stop:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop meets between two steps; the
+    second works as usual."""
+
+    asked = False
+
+    def __enter__(self) -> _Stop:
+        self.former = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *details: object) -> None:
+        self.restore()

@@ -1,0 +1,1 @@
+"""How a model learns from what it tries: rollouts, rewards, GRPO and its relatives."""

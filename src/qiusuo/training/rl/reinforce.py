@@ -1,0 +1,334 @@
+"""The stage ``rl``: try, be paid, and make likelier what was paid above the others (GRPO).
+
+A step asks a batch of problems, answers each several times on the engine, with the very weights
+that are then updated, and takes the verifier's rewards. Groups that are all right or all wrong
+teach nothing and give way to others. Everything that the next step depends on is in the state:
+weights, optimizer, the questions' places, guards, the reference.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qiusuo.model.transformer import Transformer
+from qiusuo.training.beginning import stage_state
+from qiusuo.training.rl.advantages import group_advantages, soft_overlong_penalty
+from qiusuo.training.rl.policy_loss import (
+    PolicyMeasures,
+    Tokens,
+    Totals,
+    add_measures,
+    policy_loss,
+)
+from qiusuo.training.rl.policy_presets import PRESETS, Preset
+from qiusuo.training.rl.questions import Questions
+from qiusuo.training.rl.rewards import Rewards
+from qiusuo.training.rl.rollouts import Group, kept_record, roll_out
+from qiusuo.training.rl.telling import told_of
+from qiusuo.training.rl.update import Paid, Rows, row_logprobs, rows_of
+from qiusuo.training.scene import Scene
+from qiusuo.training.seeds import seed_of
+from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
+from qiusuo.training.stages import RlStage
+from qiusuo.training.steps import Learning, StepResult
+
+RECENT = 10  # steps whose mean reward ends a stage
+
+
+class Reinforcement(Learning):
+    stage: RlStage
+
+    def __init__(self, scene: Scene[RlStage]) -> None:
+        stage = scene.stage
+        self.scene, self.preset = scene, resolved(stage)
+        self.seed = seed_of(f"{scene.recipe.seed}/{stage.name}")
+        self.questions = Questions(stage.tasks, stage.curriculum, self.seed)
+        self.rewards = Rewards(stage, self.questions, self.seed)
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.reference: Transformer | None = None
+        if self.preset.loss.kl > 0:
+            self.reference = _frozen_copy(scene)
+        super().__init__(stage, stage_state(scene, self), scene.record)
+        self.speaker = Speaker(
+            scene.model,
+            None,
+            scene.adapter,
+            self.dtype,
+            answers=stage.prompts * self.preset.group_size,
+            tokens=PROMPT_TOKENS + stage.max_tokens,
+        )
+        config = scene.model.config
+        layers = range(config.num_hidden_layers)
+        self.replay = stage.replay_experts and any(map(config.is_moe_layer, layers))
+        self.rollouts = scene.run.open_rollouts()
+
+    def run(self, after_step: Callable[[], bool]) -> None:
+        # Only now the state is the checkpoint's: what was written after it comes again.
+        self.rollouts.truncate_after(self.state.run_step)
+        super().run(after_step)
+
+    def close(self) -> None:
+        self.rollouts.close()
+
+    # -- state: this object is its own feed ----------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        reference = None if self.reference is None else self.reference.state_dict()
+        return {
+            "questions": self.questions.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "recent": list(self.recent),
+            "reference": reference,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.questions.load_state_dict(state["questions"])
+        self.rewards.load_state_dict(state["rewards"])
+        self.recent.extend(state["recent"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def one_step(self) -> StepResult:
+        start = time.perf_counter()
+        asked, refills = self.ask()
+        rewards_PG, paid = self.pay(asked)
+        rolled = time.perf_counter()
+        passed = float(sum(group.passed for group in asked) / len(asked))
+        self.recent.append(passed)
+        for group in asked:
+            self.questions.heard(group.question, group.passed)
+        result, measures, entropy = self.learn(paid)
+        told = told_of(asked, self.preset, measures, entropy, self.load)
+        told |= {
+            "kind": "rollout",
+            "stage": self.stage.name,
+            "step": self.state.run_step + 1,
+            "reward": rewards_PG.mean().item(),
+            "rollout_seconds": rolled - start,
+            "update_seconds": time.perf_counter() - rolled,
+            "refills": refills,
+        }
+        if hardest := self.questions.hardest():
+            told["curriculum"] = hardest
+        self.record(told)
+        self.keep(asked, paid)
+        refresh = self.preset.refresh_reference
+        if self.reference is not None and refresh and (self.state.step + 1) % refresh == 0:
+            self.reference = _frozen_copy(self.scene)
+        return result
+
+    def enough(self) -> bool:
+        limit = self.stage.stop_above
+        full = len(self.recent) == RECENT
+        return limit is not None and full and sum(self.recent) / RECENT > limit
+
+    def ask(self) -> tuple[list[Group], int]:
+        """Groups of answers: enough that teach something, where they are refilled."""
+        stage, preset = self.stage, self.preset
+        most = stage.most_prompts or 2 * stage.prompts
+        asked: list[Group] = []
+        rounds, missing = 0, stage.prompts
+        with self.speaker.speaking() as lm:
+            while missing > 0:
+                questions = self.questions.take(min(missing, most - len(asked)))
+                asked += roll_out(
+                    lm,
+                    self.scene.asker,
+                    questions,
+                    group=preset.group_size,
+                    max_tokens=stage.max_tokens,
+                    temperature=stage.temperature,
+                    seed=seed_of(f"{self.seed}/{self.state.step}/{rounds}"),
+                    keep_experts=self.replay,
+                )
+                rounds += 1
+                if preset.same_groups != "refill" or len(asked) >= most:
+                    break
+                missing = stage.prompts - sum(0 < group.passed < 1 for group in asked)
+        return asked, rounds - 1
+
+    def pay(self, asked: Sequence[Group]) -> tuple[Tensor, list[list[Paid]]]:
+        """Rewards [P, G], and by group the rollouts that the update learns from."""
+        stage, preset = self.stage, self.preset
+        first = self.questions.drawn - len(asked)
+        rewards_PG = torch.tensor(
+            [self.rewards.of(group, first + number) for number, group in enumerate(asked)]
+        )
+        if preset.overlong == "soft":
+            margin = stage.overlong_margin or max(1, stage.max_tokens // 5)
+            lengths = [[len(one.answer) for one in group.rollouts] for group in asked]
+            penalty = soft_overlong_penalty(
+                torch.tensor(lengths).flatten(), stage.max_tokens, margin
+            )
+            rewards_PG = rewards_PG + penalty.view_as(rewards_PG)
+        advantages = group_advantages(rewards_PG, preset.scale)
+        paid = []
+        for number, group in enumerate(asked):
+            if preset.same_groups != "keep" and bool(advantages.same_P[number]):
+                continue
+            values = advantages.values_PG[number].tolist()
+            paid.append(
+                [
+                    Paid(one, value, self.counts(one.finished, value))
+                    for one, value in zip(group.rollouts, values, strict=True)
+                ]
+            )
+        return rewards_PG, paid
+
+    def counts(self, finished: bool, advantage: float) -> bool:
+        masked = self.preset.overlong == "mask" and not finished
+        return not masked and (advantage > 0 or not self.stage.positives_only)
+
+    # -- the update ------------------------------------------------------------------------------
+
+    def learn(self, groups: list[list[Paid]]) -> tuple[StepResult, PolicyMeasures | None, float]:
+        """Update the weights; without anything to learn from they stay as they are."""
+        parts = _parts(groups, self.preset.updates)
+        losses, norms, tokens, entropy = [], [], 0, 0.0
+        measures: list[PolicyMeasures] = []
+        olds = [self.old_logprobs(part) for part in parts] if len(parts) > 1 else [None]
+        for part, old in zip(parts, olds, strict=False):
+            loss, norm, told, counted, nats = self.one_update(part, old)
+            losses.append(loss)
+            norms.append(norm)
+            measures.append(told)
+            tokens += counted
+            entropy += nats
+        if not tokens:
+            return StepResult(0.0, 0.0, 0), None, 0.0
+        result = StepResult(sum(losses) / len(losses), max(norms), tokens)
+        mean = _mean(measures)
+        return result, mean, entropy / tokens
+
+    def one_update(
+        self, part: list[Paid], old: list[Tensor] | None
+    ) -> tuple[float, float, PolicyMeasures, int, float]:
+        batches = self.cut(part)
+        counted = sum(int(rows.mask_BT.sum()) for rows in batches)
+        totals = Totals(
+            max(1, counted), max(1, sum(one.counted for one in part)), self.stage.max_tokens
+        )
+        loss_sum, entropy_sum = 0.0, 0.0
+        measures = []
+        for number, rows in enumerate(batches):
+            with self.autocast():
+                logprobs_BT, entropy_BT, routings = row_logprobs(
+                    self.state.model, rows, self.stage.temperature
+                )
+            old_BT = logprobs_BT.detach() if old is None else old[number]
+            # The engine tells them at temperature 1.
+            exact = self.stage.temperature == 1
+            loss, told = policy_loss(
+                Tokens(
+                    logprobs_BT,
+                    old_BT,
+                    rows.rollout_logprobs_BT if exact else old_BT,
+                    rows.advantages_B,
+                    rows.mask_BT,
+                    self.reference_logprobs(rows),
+                ),
+                self.preset.loss,
+                totals,
+            )
+            loss.backward()
+            loss_sum += loss.item()
+            entropy_sum += entropy_BT.sum().item()
+            measures.append(told)
+            self.load.add(routings)
+        norm = self.apply_gradients(loss_sum)
+        return loss_sum, norm, add_measures(measures), counted, entropy_sum
+
+    def cut(self, part: list[Paid]) -> list[Rows]:
+        """Micro-batches, the longest rows first."""
+        size = self.stage.micro_batch_size
+        part = sorted(part, key=lambda one: -len(one.rollout.prompt) - len(one.rollout.answer))
+        return [
+            rows_of(part[start : start + size], self.replay, self.device)
+            for start in range(0, len(part), size)
+        ]
+
+    @torch.no_grad()
+    def old_logprobs(self, part: list[Paid]) -> list[Tensor]:
+        """By the weights that the first update begins with, for each micro-batch."""
+        with self.autocast():
+            return [
+                row_logprobs(self.state.model, rows, self.stage.temperature)[0]
+                for rows in self.cut(part)
+            ]
+
+    @torch.no_grad()
+    def reference_logprobs(self, rows: Rows) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with self.autocast():  # its own experts: what it would have said
+            plain = rows._replace(experts_BTLK=None)
+            return row_logprobs(self.reference, plain, self.stage.temperature)[0]
+
+    # -- what is told ------------------------------------------------------------------------------
+
+    def keep(self, asked: Sequence[Group], paid: list[list[Paid]]) -> None:
+        """Some rollouts of the step, right ones and wrong ones, for people to read."""
+        advantages = {id(one.rollout): one.advantage for group in paid for one in group}
+        lines: Iterator[tuple[Group, int]] = (
+            (group, number)
+            for number in range(self.preset.group_size)
+            for group in asked[: self.stage.kept_rollouts]
+        )
+        for _, (group, number) in zip(range(self.stage.kept_rollouts), lines, strict=False):
+            rollout = group.rollouts[number]
+            place = {"step": self.state.run_step + 1, "stage": self.stage.name}
+            advantage = advantages.get(id(rollout), 0.0)
+            self.rollouts.append(place | kept_record(rollout, group.question, advantage))
+
+
+def resolved(stage: RlStage) -> Preset:
+    """The stage's preset with what the stage says itself."""
+    preset = PRESETS[stage.preset]
+    loss = {key: value for key, value in stage.loss.model_dump().items() if value is not None}
+    own: dict[str, Any] = {
+        "group_size": stage.group,
+        "scale": stage.scale,
+        "same_groups": stage.same_groups,
+        "overlong": stage.overlong,
+        "updates": stage.updates,
+        "refresh_reference": stage.reference_steps,
+    }
+    said = {key: value for key, value in own.items() if value is not None}
+    return dataclasses.replace(preset, loss=dataclasses.replace(preset.loss, **loss), **said)
+
+
+def _parts(groups: list[list[Paid]], updates: int) -> list[list[Paid]]:
+    """The rollouts of each update: whole groups, about equally many."""
+    updates = min(updates, len(groups))
+    shares = [groups[number::updates] for number in range(updates)]
+    parts = [[one for group in share for one in group if one.counted] for share in shares]
+    return [part for part in parts if part]  # a step without a gradient still moves Adam's weights
+
+
+def _mean(measures: list[PolicyMeasures]) -> PolicyMeasures:
+    together = add_measures(measures)
+    count = len(measures)
+    return PolicyMeasures(
+        **{
+            name: value if name == "mismatch_max" else value / count
+            for name, value in together._asdict().items()
+        }
+    )
+
+
+def _frozen_copy(scene: Scene[RlStage]) -> Transformer:
+    """The policy as it is now, to be measured against."""
+    if scene.adapter is not None:
+        with scene.adapter.merged():
+            return copy.deepcopy(scene.model).requires_grad_(False)
+    return copy.deepcopy(scene.model).requires_grad_(False)

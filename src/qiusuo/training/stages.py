@@ -1,0 +1,507 @@
+"""The stages of a recipe, and the tables inside them: what each key means and may be.
+
+A stage is one chapter of a model's life. ``pretrain`` reads text, ``sft`` imitates answers, ``rl``
+tries and is paid, ``sample`` keeps what a verifier found right, ``dpo`` prefers one answer to another.
+``teach`` writes down what a teacher would say, ``distil`` learns from that, ``distil_on_policy`` from
+what teachers say to its own answers; ``merge`` averages models. Each begins with the weights the
+stage before it ended with, or those of ``start_from``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerSection(Section):
+    """Which tokenizer: trained on the corpora, or loaded from ``path``."""
+
+    kind: Literal["bpe", "characters", "path"] = "bpe"
+    vocab_size: int = Field(4096, ge=300)
+    min_frequency: int = Field(1, ge=1)
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def path_where_needed(self) -> TokenizerSection:
+        if (self.kind == "path") != (self.path is not None):
+            raise ValueError("path is given where kind is 'path', and only there")
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """What ``data.prepare`` reads."""
+        if self.path is not None:
+            return {"path": self.path}
+        if self.kind == "characters":
+            return {"kind": "characters", "min_frequency": self.min_frequency}
+        return {"kind": "bpe", "vocab_size": self.vocab_size}
+
+
+class AdapterSection(Section):
+    """Train a part beside the frozen weights. ``lora``: two thin matrices of ``rank`` beside each
+    matrix (of the modules named in ``modules``, all where none is), weighted by alpha / rank.
+    ``esft``: the experts that the first stage's data uses most, up to a share ``experts`` of it."""
+
+    kind: Literal["lora", "esft"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    modules: tuple[str, ...] = ()
+    experts: float = Field(0.2, gt=0, le=1)
+
+
+class CorpusEntry(Section):
+    """``source``: a built-in or pulled corpus by name, or a file or folder of the user's own."""
+
+    source: str
+    weight: float = Field(1.0, gt=0)
+
+
+class DataSection(Section):
+    corpora: tuple[CorpusEntry, ...] = Field(min_length=1)
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    fill_in_the_middle: float = Field(0.0, ge=0, le=1)
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    isolate_documents: bool = False
+
+    @property
+    def duplicate_threshold(self) -> float | None:
+        """Similarity from which a document counts as a copy of an earlier one."""
+        return {"none": None, "exact": 1.0, "near": 0.8}[self.deduplicate]
+
+
+class OptimizerSection(Section):
+    """``muon`` takes the matrices inside the blocks at ``learning_rate``, AdamW the rest at
+    ``adamw_learning_rate``; with ``adamw`` AdamW takes all at ``adamw_learning_rate``."""
+
+    kind: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = Field(0.02, gt=0)
+    adamw_learning_rate: float = Field(0.003, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+
+
+class ScheduleSection(Section):
+    """Warm-up, then constant with a linear decay at the end (wsd), or a cosine."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: int = Field(20, ge=0)
+    decay_fraction: float = Field(0.3, ge=0, le=1)
+    final_fraction: float = Field(0.0, ge=0, le=1)
+
+
+class BalanceSection(Section):
+    """V3 §2.1.2: the bias moves by ``bias_update_speed`` a step towards idle experts; the
+    sequence-wise loss is weighted by ``sequence_weight``; V3's own values are the defaults."""
+
+    bias_update_speed: float = Field(0.001, ge=0)
+    sequence_weight: float = Field(0.0001, ge=0)
+
+
+class SamplesSection(Section):
+    """What the model writes, at every validation and at the end."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.8, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
+class TaskEntry(Section):
+    """Problems of one task. ``difficulties`` are drawn evenly, one that is listed twice twice as
+    often; ``corpus`` and ``options`` are for tasks that are made from texts (verse: its poems)."""
+
+    task: str
+    difficulties: tuple[int, ...] = Field(min_length=1)
+    weight: float = Field(1.0, gt=0)
+    corpus: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class AskSection(Section):
+    """How a problem is put to the model: ``prompt`` in the few signs a small model knows,
+    ``question`` in words; with or without a thought."""
+
+    text: Literal["prompt", "question"] = "prompt"
+    thinking: bool = True
+    system: str | None = None
+
+
+class EvaluationSection(Section):
+    """What every stage's model is asked before, in between and after: ``count`` held-out problems
+    of each difficulty, once greedily and ``samples`` times at ``temperature``."""
+
+    tasks: tuple[TaskEntry, ...] = ()
+    count: int = Field(200, ge=1)
+    samples: int = Field(8, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(256, ge=1)
+
+
+class LearningStage(Section):
+    """What all stages with an optimizer share. ``start_from``: the stage whose final weights to
+    begin with, where that is not the one before. ``minutes`` shortens ``steps`` on a slow machine:
+    the plan is made once, from the first steps' pace."""
+
+    name: str = ""
+    start_from: str | None = None
+    steps: int = Field(ge=1)
+    minutes: float | None = Field(None, gt=0)
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    checkpoint_steps: int = Field(200, ge=1)
+    validation_steps: int = Field(0, ge=0)
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    balance: BalanceSection = BalanceSection()
+    samples: SamplesSection = SamplesSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def named_by_kind(cls, table: Any) -> Any:
+        if isinstance(table, dict) and not table.get("name"):
+            return {**table, "name": cls.model_fields["kind"].default}
+        return table
+
+    @model_validator(mode="after")
+    def end_unknown(self) -> LearningStage:
+        if self.minutes is not None and self.schedule.kind != "wsd":
+            raise ValueError("minutes needs the wsd schedule: a cosine must know its end at once")
+        return self
+
+
+class SupervisedStage(LearningStage):
+    """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass."""
+
+    sequence_length: int = Field(ge=2)
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    compile: bool = False
+    mtp_weight: float = Field(0.3, ge=0)
+
+    @model_validator(mode="after")
+    def whole_micro_batches(self) -> SupervisedStage:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError("batch_size must be a multiple of micro_batch_size")
+        return self
+
+
+class PretrainStage(SupervisedStage):
+    """Predict the next tokens of text."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    validation_tokens: int = Field(65536, ge=1)
+    data: DataSection
+
+
+class SftSource(Section):
+    """Answers to imitate: a ``file`` of messages (jsonl), the solutions of a ``task``, or what the
+    stage ``traces`` kept. Of a task's solutions ``thought_share`` have a worked thought, the others
+    an empty one."""
+
+    file: str | None = None
+    task: TaskEntry | None = None
+    traces: str | None = None
+    weight: float = Field(1.0, gt=0)
+    thought_share: float = Field(1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def one_of_three(self) -> SftSource:
+        if sum(x is not None for x in (self.file, self.task, self.traces)) != 1:
+            raise ValueError("a source is one of file, task or traces")
+        return self
+
+
+class SftStage(SupervisedStage):
+    """Imitate answers: the loss counts what the assistant says, thoughts included."""
+
+    kind: Literal["sft"] = "sft"
+    sources: tuple[SftSource, ...] = Field(min_length=1)
+
+
+class PolicySection(Section):
+    """The loss of ``rl`` (rl/policy_loss.py); a key left out has the value of the preset."""
+
+    ratio: Literal["token", "sequence", "cispo"] | None = None
+    clip_low: float | None = Field(None, gt=0)
+    clip_high: float | None = Field(None, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    aggregation: Literal["token", "sequence", "constant"] | None = None
+    kl: float | None = Field(None, ge=0)
+    kl_importance: bool | None = None
+    importance_cap: float | None = Field(None, gt=0)
+    drop_beyond: float | None = Field(None, gt=0)
+
+
+class CurriculumSection(Section):
+    """Difficulties by what the policy can do: begin with those up to ``start``; where the pass rate
+    of the hardest in use, averaged over about ``memory`` of its groups, is over ``rise``, the next
+    one joins. Only the ``width`` hardest are drawn from, half of all problems of the hardest."""
+
+    start: int
+    rise: float = Field(0.7, gt=0, lt=1)
+    memory: int = Field(32, ge=1)
+    width: int = Field(3, ge=1)
+
+
+class RlStage(LearningStage):
+    """Reinforcement learning with verifiable rewards (GRPO): ``prompts`` problems a step, a group
+    of answers to each; the verifier pays, and the advantage is what is above the group's mean.
+
+    The keys from ``loss`` to ``reference_steps`` have the values of ``preset`` where they are left
+    out (rl/policy_presets.py): the answers of a ``group``; ``scale`` of advantages; what becomes of
+    ``same_groups``, all right or all wrong, which teach nothing ("refill": others are asked, up to
+    ``most_prompts`` a step); of answers cut off at ``max_tokens`` ("reward", "mask" them out of the
+    loss, or "soft", paid less over the last ``overlong_margin`` tokens); ``updates`` of the weights
+    per batch of rollouts; after how many steps the policy becomes the KL's reference.
+
+    ``lag``: 0 samples with the weights that are then updated; 1 samples the next batch meanwhile,
+    in another process. ``format_weight`` and ``language_weight`` are paid for a well-formed thought
+    and for the language asked in, ``guard_weight`` for what the task's guard finds new in a right
+    answer. ``random_reward`` pays by lot: a control, not a way to learn. ``positives_only`` leaves
+    out the wrong answers. ``stop_above``: the stage ends when the mean reward of the last ten steps
+    is over it.
+    """
+
+    kind: Literal["rl"] = "rl"
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    curriculum: CurriculumSection | None = None
+    prompts: int = Field(32, ge=1)
+    most_prompts: int | None = Field(None, ge=1)
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    micro_batch_size: int = Field(64, ge=1)
+    preset: Literal["ours", "r1", "dr_grpo", "dapo", "cispo", "gspo"] = "ours"
+    loss: PolicySection = PolicySection()
+    group: int | None = Field(None, ge=2)
+    scale: Literal["none", "group", "batch"] | None = None
+    same_groups: Literal["keep", "drop", "refill"] | None = None
+    overlong: Literal["reward", "mask", "soft"] | None = None
+    updates: int | None = Field(None, ge=1)
+    reference_steps: int | None = Field(None, ge=1)
+    overlong_margin: int | None = Field(None, ge=1)
+    lag: Literal[0, 1] = 0
+    replay_experts: bool = True
+    format_weight: float = Field(0.0, ge=0)
+    language_weight: float = Field(0.0, ge=0)
+    guard_weight: float = Field(0.0, ge=0)
+    random_reward: bool = False
+    positives_only: bool = False
+    stop_above: float | None = Field(None, gt=0, le=1)
+    kept_rollouts: int = Field(8, ge=0)
+    optimizer: OptimizerSection = OptimizerSection(
+        kind="adamw", adamw_learning_rate=2e-4, weight_decay=0.0
+    )
+    schedule: ScheduleSection = ScheduleSection(warmup_steps=5, decay_fraction=0.0)
+    balance: BalanceSection = BalanceSection(bias_update_speed=0.0)
+
+
+class SampleStage(Section):
+    """Rejection sampling: ``answers`` to each of ``count`` problems; of those found right
+    (``trace_valid``: with a valid trace, where that can be told) at most ``keep`` go into the
+    run's ``traces/NAME.jsonl``. ``batch``: problems asked at once. ``model``: who answers, where
+    that is not the model in training: a path, a pulled name or "stage:NAME". ``pairs``: keep each
+    right answer beside a wrong one, for ``dpo``."""
+
+    kind: Literal["sample"] = "sample"
+    name: str = "sample"
+    model: str | None = None
+    pairs: bool = False
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    count: int = Field(1000, ge=1)
+    answers: int = Field(8, ge=1)
+    keep: int = Field(1, ge=1)
+    trace_valid: bool = True
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    batch: int = Field(32, ge=1)
+    checkpoint_steps: int = Field(10, ge=1)
+    validation_steps: int = 0
+    minutes: None = None
+
+
+class TeachStage(Section):
+    """What a teacher would say: the distributions of ``model`` ("stage:NAME", a path or a pulled
+    name; where none is named, the model in training) at every counted token of ``count`` examples,
+    drawn by weight; a finite source gives each of its examples once. They go to the run's
+    ``distributions/NAME``: whole, or with ``top`` the likeliest tokens alone. ``batch`` examples
+    make a file."""
+
+    kind: Literal["teach"] = "teach"
+    name: str = "teach"
+    model: str | None = None
+    sources: tuple[SftSource, ...] = Field(min_length=1)
+    count: int = Field(ge=1)
+    top: int | None = Field(None, ge=1)
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    batch: int = Field(1024, ge=1)
+    micro_batch_size: int = Field(64, ge=1)
+    checkpoint_steps: int = Field(10, ge=1)
+    validation_steps: int = 0
+    minutes: None = None
+
+
+class TaughtSource(Section):
+    """Stored distributions: what the stage ``taught`` wrote, or a ``folder`` of another run's."""
+
+    taught: str | None = None
+    folder: str | None = None
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def one_of_two(self) -> TaughtSource:
+        if (self.taught is None) == (self.folder is None):
+            raise ValueError("a source is either taught, a stage, or a folder")
+        return self
+
+
+class MatchSection(Section):
+    """How far the student is from its teacher: ``forward`` KL(teacher, student), ``reverse``
+    KL(student, teacher), or ``jsd`` between them with the share ``teacher_share`` of the teacher."""
+
+    divergence: Literal["forward", "reverse", "jsd"]
+    teacher_share: float = Field(0.5, gt=0, lt=1)
+
+
+class DistilStage(SupervisedStage):
+    """Learn stored distributions. ``label_weight``: how much the token that follows counts beside
+    what the teacher thought of all of them."""
+
+    kind: Literal["distil"] = "distil"
+    sources: tuple[TaughtSource, ...] = Field(min_length=1)
+    match: MatchSection = MatchSection(divergence="forward")
+    label_weight: float = Field(0.0, ge=0)
+
+
+class TeacherSection(Section):
+    """A teacher and the tasks it is asked about, all where none is named. Its divergence counts
+    ``weight`` times."""
+
+    model: str
+    tasks: tuple[str, ...] = ()
+    weight: float = Field(1.0, gt=0)
+
+
+class OnPolicyStage(LearningStage):
+    """On-policy distillation: the student answers ``prompts`` problems ``answers`` times each, and
+    at every token is drawn towards what its teachers would say there."""
+
+    kind: Literal["distil_on_policy"] = "distil_on_policy"
+    teachers: tuple[TeacherSection, ...] = Field(min_length=1)
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    match: MatchSection = MatchSection(divergence="reverse")
+    prompts: int = Field(64, ge=1)
+    answers: int = Field(1, ge=1)
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    micro_batch_size: int = Field(64, ge=1)
+    kept_rollouts: int = Field(8, ge=0)
+    optimizer: OptimizerSection = OptimizerSection(
+        kind="adamw", adamw_learning_rate=1e-3, weight_decay=0.0
+    )
+    schedule: ScheduleSection = ScheduleSection(warmup_steps=5)
+    balance: BalanceSection = BalanceSection(bias_update_speed=0.0)
+
+    @model_validator(mode="after")
+    def each_task_has_a_teacher(self) -> OnPolicyStage:
+        asked = {entry.task for entry in self.tasks}
+        for teacher in self.teachers:
+            if strange := set(teacher.tasks) - asked:
+                raise ValueError(
+                    f"teacher {teacher.model}: {', '.join(sorted(strange))} is no task of the stage"
+                )
+        taught = {task for teacher in self.teachers for task in teacher.tasks or asked}
+        if left := asked - taught:
+            raise ValueError(f"no teacher for {', '.join(sorted(left))}")
+        return self
+
+
+class PairSource(Section):
+    """A ``file`` of preferences (jsonl), or the pairs that the ``sample`` stage ``pairs`` kept."""
+
+    file: str | None = None
+    pairs: str | None = None
+
+    @model_validator(mode="after")
+    def one_of_two(self) -> PairSource:
+        if (self.file is None) == (self.pairs is None):
+            raise ValueError("a source is either a file or pairs, a stage")
+        return self
+
+
+class DpoStage(LearningStage):
+    """Direct preference optimisation: ``batch_size`` pairs a step. ``label_smoothing``: the share
+    of pairs that are taken to be the wrong way round; ``sft_weight``: how much it counts to say the
+    preferred answer at all."""
+
+    kind: Literal["dpo"] = "dpo"
+    sources: tuple[PairSource, ...] = Field(min_length=1)
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    sft_weight: float = Field(0.0, ge=0)
+    batch_size: int = Field(32, ge=1)
+    micro_batch_size: int = Field(32, ge=1)
+    optimizer: OptimizerSection = OptimizerSection(
+        kind="adamw", adamw_learning_rate=1e-4, weight_decay=0.0
+    )
+    schedule: ScheduleSection = ScheduleSection(warmup_steps=5)
+    balance: BalanceSection = BalanceSection(bias_update_speed=0.0)
+
+
+class MergedModel(Section):
+    """``model``: a path, a pulled name or "stage:NAME"."""
+
+    model: str
+    weight: float = Field(1.0, gt=0)
+
+
+class MergeStage(Section):
+    """The average of models of one architecture, by weight, becomes the model in training."""
+
+    kind: Literal["merge"] = "merge"
+    name: str = "merge"
+    models: tuple[MergedModel, ...] = Field(min_length=2)
+    checkpoint_steps: int = 1
+    validation_steps: int = 0
+    minutes: None = None
+
+
+def stage_named(model: str | None) -> str | None:
+    """The stage in "stage:NAME", None where a model is named otherwise."""
+    before, colon, name = (model or "").partition("stage:")
+    return name if colon and not before else None
+
+
+def _kind_of(stage: Any) -> str:
+    kind = stage.get("kind", "pretrain") if isinstance(stage, dict) else stage.kind
+    return kind if isinstance(kind, str) else "?"
+
+
+Stage = Annotated[
+    Annotated[PretrainStage, Tag("pretrain")]
+    | Annotated[SftStage, Tag("sft")]
+    | Annotated[RlStage, Tag("rl")]
+    | Annotated[SampleStage, Tag("sample")]
+    | Annotated[TeachStage, Tag("teach")]
+    | Annotated[DistilStage, Tag("distil")]
+    | Annotated[OnPolicyStage, Tag("distil_on_policy")]
+    | Annotated[DpoStage, Tag("dpo")]
+    | Annotated[MergeStage, Tag("merge")],
+    Discriminator(_kind_of),
+]
+STAGES: dict[str, type[Section]] = {
+    "pretrain": PretrainStage,
+    "sft": SftStage,
+    "rl": RlStage,
+    "sample": SampleStage,
+    "teach": TeachStage,
+    "distil": DistilStage,
+    "distil_on_policy": OnPolicyStage,
+    "dpo": DpoStage,
+    "merge": MergeStage,
+}
