@@ -344,8 +344,8 @@ def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.runs.durable import RunError
     from qiusuo.server.failure import ServerError
     from qiusuo.tasks.task import TaskError
-    from qiusuo.training.scene import TrainingError
     from qiusuo.training.recipe import RecipeError
+    from qiusuo.training.scene import TrainingError
 
     return (
         CheckpointError,

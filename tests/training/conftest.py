@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import lives
+from tests.training import lives, tasks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +30,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     path = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert lives.live(lives.recipe_for(corpus), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt the form of an answer, and guesses: so groups differ."""
+    path = tmp_path_factory.mktemp("runs") / "taught"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+        assert lives.live(tasks.recipe(tasks.sft(steps=80)), path)
+    return path / "model"

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -170,26 +171,35 @@ def run_command(home: Path, *words: str | Path, **how: Any) -> subprocess.Comple
     )
 
 
-def losses(path: Path) -> list[tuple[Any, ...]]:
-    """What every step and validation measured, exactly; neither times nor speeds."""
-    keys = (
-        "kind step loss mtp_loss balance_loss grad_norm lr tokens max_violation expert_load "
-        "bits_per_character mtp_agreement"
-    ).split()
-    return [tuple(record.get(key) for key in keys) for record in read_log(path / "log.jsonl")]
+TIMES = re.compile(r"seconds|per_second|peak_share")
+
+
+def losses(path: Path) -> list[dict[str, Any]]:
+    """All that the log tells of every step and look, exactly, but for times and speeds."""
+    return [
+        {key: value for key, value in record.items() if not TIMES.search(key)}
+        for record in read_log(path / "log.jsonl")
+    ]
 
 
 def assert_same_life(path: Path, other: Path) -> None:
-    """Every number of every step, every sample and every bit of the weights and the state."""
+    """Every number of every step, every sample, try and trace, and every bit of the weights and
+    the state."""
     assert losses(path) == losses(other)
     assert samples(path) == samples(other)
-    weights = "model/model.safetensors"
-    assert (path / weights).read_bytes() == (other / weights).read_bytes()
+    traces = [f"traces/{file.name}" for file in (other / "traces").glob("*")]
+    for file in ("model/model.safetensors", "rollouts.jsonl", *traces):
+        assert (path / file).exists() == (other / file).exists(), file
+        assert not (other / file).exists() or same_bytes(path / file, other / file), file
     states = [torch.load(last_checkpoint(run) / "state.pt") for run in (path, other)]
     for state in states:
         del state["seconds"]
     assert_equal(*states)
     assert state_of(path) == state_of(other) == "finished"
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
 
 
 def assert_equal(one: Any, other: Any) -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -111,19 +111,20 @@ def test_gradients_are_clipped_and_the_norm_told_before(pretraining: Make) -> No
     seen: list[float] = []
 
     class Recorder:
-        param_groups = ({"peak_lr": 0.1, "lr": 0.0},)
+        param_groups: ClassVar[list[dict[str, Any]]] = [{"peak_lr": 0.1, "lr": 0.0}]
 
         def step(self) -> None:
             grads = [p.grad for p in training.state.model.parameters()]
             seen.append(float(torch.cat([g.flatten() for g in grads]).norm()))
 
+    Recorder.param_groups[0]["params"] = list(training.state.model.parameters())
     training.state.optimizers = [Recorder()]
     for parameter in training.state.model.parameters():
         parameter.grad = torch.full_like(parameter, 0.3)
     count = sum(p.numel() for p in training.state.model.parameters())
     assert training.apply_gradients(0.25) == pytest.approx(0.3 * count**0.5, rel=1e-4)
     assert seen == [pytest.approx(0.5, rel=1e-3)]
-    assert Recorder.param_groups[0]["lr"] == pytest.approx(0.025)
+    assert Recorder.param_groups[0]["lr"] == pytest.approx(0.1 / 3)  # the first of three to warm up
     assert all(p.grad is None for p in training.state.model.parameters())
 
 

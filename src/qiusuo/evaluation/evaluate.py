@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ class Replies:
     """What one way of answering gave. ``rates``: "accuracy", or "pass@1" and "pass@k".
     ``length``: mean tokens of an answer, None where unknown; ``cut``: the share that ended at the
     limit. ``measures``: their means, over the ``measured`` answers that have them; ``reasons``: how
-    often the verifier gave which."""
+    often the verifier gave which; ``together``: what the task tells of answers side by side."""
 
     count: int
     rates: dict[str, Estimate]
@@ -56,6 +56,7 @@ class Replies:
     reasons: dict[str, int]
     tokens: int
     seconds: float
+    together: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         return vars(self) | {"rates": {name: rate.record() for name, rate in self.rates.items()}}
@@ -132,11 +133,24 @@ def _scores(
             Judged(one, grade(task, one, first), tuple(grade(task, one, reply) for reply in more))
             for one, [first], more in zip(asked, firsts, others, strict=True)
         ]
-        yield score(task.name, difficulty, judged, *seconds, seed=seed)
+        yield _with_together(
+            task, score(task.name, difficulty, judged, *seconds, seed=seed), judged
+        )
         everything += judged
         spent = [a + b for a, b in zip(spent, seconds, strict=True)]
     if len(chosen) > 1:
         yield score(task.name, None, everything, *spent, seed=seed)
+
+
+def _with_together(task: Task, told: Score, judged: Sequence[Judged]) -> Score:
+    """The score with what the task sees in the answers side by side."""
+    firsts = [(one.problem, one.greedy.verdict) for one in judged]
+    greedy = replace(told.greedy, together=dict(task.together(firsts)))
+    if told.sampled is None:
+        return replace(told, greedy=greedy)
+    others = [(one.problem, graded.verdict) for one in judged for graded in one.samples]
+    sampled = replace(told.sampled, together=dict(task.together(others)))
+    return replace(told, greedy=greedy, sampled=sampled)
 
 
 def check_settings(

@@ -107,6 +107,11 @@ class Task(ABC):
     def verify(self, problem: Problem, response: str) -> Verdict:
         """0 or 1 for any string whatever, without an exception, in time linear in its length."""
 
+    def together(self, answers: Sequence[tuple[Problem, Verdict]]) -> Mapping[str, float]:
+        """What only many answers side by side can show, such as that they are all alike; measures
+        to stand beside the reward. Nothing where verdicts say it all."""
+        return {}
+
     def guard(self) -> Guard | None:
         """A new guard against what this task's rules let pass; None where they are enough."""
         return None

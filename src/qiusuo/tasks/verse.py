@@ -18,8 +18,9 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from statistics import fmean
 from typing import ClassVar
 
 from qiusuo.tasks.task import (
@@ -33,6 +34,7 @@ from qiusuo.tasks.task import (
     response_of,
     take_apart,
 )
+from qiusuo.tasks.verse_guards import Corpus, distinct_trigrams, top_rhyme_character
 from qiusuo.tasks.verse_novelty import VerseNovelty
 from qiusuo.tasks.verse_readings import CLASSES, LEVEL, OBLIQUE, readings, rhyme_name
 from qiusuo.tasks.verse_rules import FORMS, Form, rhyme_classes, tones, verse_lines
@@ -60,6 +62,9 @@ class Verse(Task):
     learned whole from requests that tell the truth, and the rules be left to reinforcement; most
     of its solutions then get no reward. The first use of 35,000 poems takes seconds.
 
+    With `free` only the titles of the poems are taken, and form and class are drawn freely, as
+    reinforcement asks. The poems are still what copies are told from.
+
     `TaskError` for titles, classes or poems that cannot be read.
     """
 
@@ -74,6 +79,7 @@ class Verse(Task):
         rhymes: Sequence[str] = CLASSES,
         *,
         strict: bool = True,
+        free: bool = False,
     ) -> None:
         for rhyme in rhymes:
             if rhyme not in CLASSES:
@@ -85,12 +91,14 @@ class Verse(Task):
             raise TaskError("no titles: give at least one")
         self.titles, self.rhymes = tuple(titles), tuple(rhymes)
         self.poems = tuple(read_poem(poem) for poem in poems)
-        self.strict = strict
+        self.strict, self.free = strict, free
+        if free and poems:
+            self.titles = poem_titles(poems)
 
     def problem(self, difficulty: int, chance: random.Random) -> Problem:
         self.check_difficulty(difficulty)
         form = tuple(FORMS.values())[difficulty - 1]
-        if self.poems:
+        if self.poems and not self.free:
             known = self._keys_by_form.get(form.name)
             if not known:
                 keeps = " that keeps the rules" if self.strict else ""
@@ -146,6 +154,36 @@ class Verse(Task):
                 return None
             return make_problem(form, asked, title)
         return None
+
+    def together(self, answers: Sequence[tuple[Problem, Verdict]]) -> Mapping[str, float]:
+        """How alike the poems are, and how like the corpus (verse_guards.py): of those that have
+        the asked form."""
+        poems = []
+        for problem, verdict in answers:
+            verse = without_head(verdict.answer or "", problem.data["title"])
+            lines = verse and verse_lines(verse, FORMS[problem.data["form"]])
+            if lines:
+                poems.append(lines)
+        if not poems:
+            return {}
+        told = {
+            "top_rhyme_share": top_rhyme_character(poems)[1],
+            "distinct_trigrams": distinct_trigrams(poems),
+        }
+        if self.poems:
+            told |= {
+                "copied_lines": fmean(map(self._corpus.copied_lines, poems)),
+                "novel_trigrams": fmean(map(self._corpus.novelty, poems)),
+                "longest_overlap": float(max(map(self._overlap, poems))),
+            }
+        return told
+
+    def _overlap(self, lines: Sequence[str]) -> int:
+        return len(self._corpus.longest_overlap(lines))
+
+    @cached_property
+    def _corpus(self) -> Corpus:
+        return Corpus(verse for _, verse in self.poems)
 
     def guard(self, poems: Iterable[str] | None = None) -> VerseNovelty:
         """A guard for novelty. The lines of `poems` (in the corpus' format) are not to be copied;

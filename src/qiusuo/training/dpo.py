@@ -7,18 +7,18 @@ numbers a pair, so they are computed once, before the first step, and kept in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qiusuo.data.examples import Example
-from qiusuo.data.preferences import Pair, read_preferences
+from qiusuo.data.preferences import read_preferences
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.kernels.token_logprobs import token_logprobs
 from qiusuo.model.moe import Routing
 from qiusuo.training.beginning import stage_state
+from qiusuo.training.example_rows import example_rows, longest_first
 from qiusuo.training.pairs import PairOrder, Pairs
 from qiusuo.training.preference import Answers, preference_loss
 from qiusuo.training.recipe import RecipeError
@@ -73,9 +73,8 @@ class Preferring(Learning):
         stage = self.stage
         if self.reference_P2 is None:
             self.reference_P2 = self.ask_reference()
-        numbers = self.by_length(self.order.take(stage.batch_size))
         loss, tokens, told = 0.0, 0, torch.zeros(5)
-        for part in _parts(numbers, stage.micro_batch_size):
+        for part in self.parts(self.order.take(stage.batch_size)):
             with self.autocast():
                 sums = self.answers(part)
             chosen_P, rejected_P = sums.logprobs_B.chunk(2)
@@ -113,8 +112,7 @@ class Preferring(Learning):
     def ask_reference(self) -> Tensor:
         """Log-probabilities of every pair's two answers by the weights of this moment [P, 2]."""
         reference_P2 = torch.empty(self.pairs.length, 2)
-        numbers = self.by_length(range(self.pairs.length))
-        for part in _parts(numbers, self.stage.micro_batch_size):
+        for part in self.parts(range(self.pairs.length)):
             with self.autocast():
                 logprobs_B = self.answers(part).logprobs_B
             reference_P2[part] = torch.stack(logprobs_B.chunk(2), 1).float().cpu()
@@ -122,7 +120,8 @@ class Preferring(Learning):
 
     def answers(self, numbers: Sequence[int]) -> Sums:
         pairs = [self.pairs.pair(number) for number in numbers]
-        inputs_BT, labels_BT = (x.to(self.device) for x in rows_of(pairs))
+        examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        inputs_BT, labels_BT = (x.to(self.device) for x in example_rows(examples))
         model = self.state.model
         hidden = model(inputs_BT)
         # Only the places with a label go through the head.
@@ -134,27 +133,9 @@ class Preferring(Learning):
         logprobs_B = logprobs_N.new_zeros(len(inputs_BT)).index_add(0, row_N, logprobs_N)
         return Sums(logprobs_B, mask_BT.sum(1), hidden.routings)
 
-    def by_length(self, numbers: Sequence[int]) -> list[int]:
-        """The longest first, so that rows of a micro-batch are about equally long."""
-        return sorted(numbers, key=lambda number: -max(map(_length, self.pairs.pair(number))))
-
-
-def rows_of(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels [B, T]: all chosen answers, then all rejected ones, padded at the end."""
-    examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    longest = max(map(_length, examples)) - 1
-    inputs_BT = torch.zeros(len(examples), longest, dtype=torch.long)
-    labels_BT = torch.full((len(examples), longest), IGNORE)
-    for row, example in enumerate(examples):
-        tokens, counted = torch.tensor(example.tokens), torch.tensor(example.counted)
-        inputs_BT[row, : len(tokens) - 1] = tokens[:-1]
-        labels_BT[row, : len(tokens) - 1] = tokens[1:].masked_fill(~counted[1:], IGNORE)
-    return inputs_BT, labels_BT
-
-
-def _length(example: Example) -> int:
-    return len(example.tokens)
-
-
-def _parts(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    def parts(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Micro-batches of the pairs with these numbers."""
+        pairs = map(self.pairs.pair, numbers)
+        lengths = [max(len(example.tokens) for example in pair) for pair in pairs]
+        for part in longest_first(lengths, self.stage.micro_batch_size):
+            yield [numbers[place] for place in part]

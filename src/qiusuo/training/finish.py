@@ -37,13 +37,14 @@ def finish_run(
     dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
     samples, state = getattr(stage, "samples", SamplesSection()), work.state
     validation: Validation | None = getattr(work, "last_validation", None)
-    save_huggingface(
-        state.model,
-        run.model_path,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        sampling={"temperature": samples.temperature, "top_p": samples.top_p},
-    )
+    with state.whole_model() as model:
+        save_huggingface(
+            model,
+            run.model_path,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            sampling={"temperature": samples.temperature, "top_p": samples.top_p},
+        )
     write_summary(run.path, facts(recipe, state, validation))
     run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)

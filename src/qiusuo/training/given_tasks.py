@@ -37,7 +37,8 @@ def problem_at(entry: TaskEntry, split: SplitName, seed: int, index: int) -> Pro
 
 
 def vocabulary_texts(entries: Sequence[TaskEntry]) -> Iterator[str]:
-    """Texts with every character that the entries' prompts and answers use."""
+    """Texts with every character that the entries' prompts and answers use, those of their corpora
+    left out."""
     for entry in entries:
         task = task_of(entry)
         if task.alphabet is not None:
@@ -47,4 +48,5 @@ def vocabulary_texts(entries: Sequence[TaskEntry]) -> Iterator[str]:
             problem = problem_at(entry, "train", 0, index)
             yield problem.prompt
             yield problem.question
-            yield task.solution(problem, random.Random(index), thought=True)
+            if entry.corpus is None:
+                yield task.solution(problem, random.Random(index), thought=True)

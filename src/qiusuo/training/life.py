@@ -124,10 +124,11 @@ class StageLife:
             if merged:
                 where = {"stage": state.stage, "seconds": state.seconds}
                 self.note({**step, **merged, **where, **({"when": when} if when else {})})
-        for record in write_samples(state.model, self.tokenizer, self.stage):
-            sample = {"kind": "sample", **step, **record}
-            self.samples.append(sample)
-            self.view.update(sample)
+        with state.whole_model() as model:
+            for record in write_samples(model, self.tokenizer, self.stage):
+                sample = {"kind": "sample", **step, **record}
+                self.samples.append(sample)
+                self.view.update(sample)
 
     def has_validated(self) -> bool:
         """Whether the log of a resumed run has this step's validation already."""

@@ -8,16 +8,23 @@ from typing import Any
 
 import torch
 
+from qiusuo.data.example_loader import batch_of_examples
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.language_model import LanguageModel
 from qiusuo.evaluation.answers import ANSWERS_AT_ONCE, ModelAnswerer
 from qiusuo.evaluation.evaluate import Score, evaluate
+from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.given_tasks import task_of
+from qiusuo.training.losses import language_model_losses, make_window
 from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
+from qiusuo.training.sft import Solutions
 from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
 from qiusuo.training.stages import SamplesSection, Stage, TaskEntry
+
+ANSWERS = 512  # known answers whose loss is told, of each task
+ROWS = 32  # of them in one pass
 
 
 def check_prompts(stage: Stage, tokenizer: Tokenizer, context: int) -> None:
@@ -59,7 +66,7 @@ class TaskLook:
     def look(self) -> dict[str, Any]:
         """Rates by task and difficulty, as a validation record has them; empty where none is
         asked for."""
-        if not self.settings.tasks:
+        if not self.settings.tasks and not self.settings.answers:
             return {}
         began = time.perf_counter()
         if self.speaker is None:
@@ -76,11 +83,32 @@ class TaskLook:
         with self.speaker.speaking() as lm:
             for entry in self.settings.tasks:
                 rates |= self.rates(lm, entry)
-        return {
-            "kind": "validation",
-            "tasks": rates,
-            "look_seconds": time.perf_counter() - began,
-        }
+        told: dict[str, Any] = {"kind": "validation"}
+        if rates:
+            told["tasks"] = rates
+        if self.settings.answers:
+            told["answer_loss"] = self.answer_loss()
+        return told | {"look_seconds": time.perf_counter() - began}
+
+    @torch.no_grad()
+    def answer_loss(self) -> float:
+        """Nats per token of known answers to held-out problems."""
+        nats, tokens = 0.0, 0
+        pad, model = self.scene.tokenizer.pad_id or 0, self.scene.model
+        depth = model.config.num_nextn_predict_layers
+        for entry in self.settings.answers:
+            source = Solutions(entry, self.scene.asker, 1.0, 0, "test")
+            examples = [source.example(index) for index in range(ANSWERS)]
+            examples.sort(key=lambda example: len(example.tokens))
+            for start in range(0, ANSWERS, ROWS):
+                rows = [[example] for example in examples[start : start + ROWS]]
+                span = max(len(row[0].tokens) for row in rows) + depth
+                batch = batch_of_examples(rows, span=span, pad_id=pad)
+                parts = (batch.tokens_BS, batch.documents_BS, batch.valid_BS)
+                window = make_window(*parts, depth, isolate=True)
+                nats += language_model_losses(model, window).main.item()
+                tokens += int((window.labels[0] != IGNORE).sum())
+        return nats / tokens
 
     def rates(self, lm: LanguageModel, entry: TaskEntry) -> dict[str, Any]:
         settings, found = self.settings, {}
@@ -114,6 +142,8 @@ def _told(score: Score) -> dict[str, Any]:
         for name, rate in score.sampled.rates.items():
             told[name.replace("@", "_at_")] = rate.value
         told["sampled_length"] = score.sampled.length
+        told |= score.sampled.together
+        told |= {f"sampled_{name}": mean for name, mean in score.sampled.measures.items()}
     return told
 
 

@@ -79,6 +79,6 @@ class Merging:
             other = list(theirs[name].shape) if name in theirs else "nothing"
             if mine != other:
                 raise RecipeError(
-                    f"stage {self.stage.name}: {name} is {other} in {model} and {mine} in the model "
-                    "in training: only models of one architecture have an average"
+                    f"stage {self.stage.name}: {name} is {other} in {model} and {mine} in the "
+                    "model in training: only models of one architecture have an average"
                 )

@@ -46,7 +46,9 @@ def named_model(scene: Scene[Any], name: str, dtype: torch.dtype) -> NamedModel:
                 "tokens are"
             )
         model, tokenizer = load_model(checkpoint, dtype=dtype), found
-    model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    model = model.to(device).requires_grad_(False).eval()
+    for parameter in model.parameters():  # not the routers' biases: those stay float32
+        parameter.data = parameter.data.to(dtype)
     return NamedModel(model, tokenizer)
 
 
@@ -54,14 +56,14 @@ def same_vocabulary(scene: Scene[Any], named: NamedModel, name: str) -> None:
     """RecipeError where the model reads other tokens than the one in training."""
     if named.tokenizer.fingerprint != scene.tokenizer.fingerprint:
         raise RecipeError(
-            f"stage {scene.stage.name}: {name} has another tokenizer ({len_of(named.tokenizer)}) "
-            f"than the model in training ({len_of(scene.tokenizer)}), so their tokens cannot be "
+            f"stage {scene.stage.name}: {name} has another tokenizer ({_told(named.tokenizer)}) "
+            f"than the model in training ({_told(scene.tokenizer)}), so their tokens cannot be "
             'compared: give the run the same one ([tokenizer] kind = "path", path = its folder), '
             "or learn from text: sample with that model, then sft on the traces"
         )
 
 
-def len_of(tokenizer: Tokenizer) -> str:
+def _told(tokenizer: Tokenizer) -> str:
     return f"{tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:8]}"
 
 

@@ -73,6 +73,10 @@ class Recipe(Section):
                     raise ValueError(
                         f"stage {stage.name}: {key} names {other!r}, which is no earlier stage"
                     )
+                if not _leaves(self.stages[names.index(other)], key):
+                    raise ValueError(
+                        f"stage {stage.name}: {key} names {other!r}, a stage that leaves no {key}"
+                    )
         if self.base is None:
             context = self.model_for(vocab_size=1024).max_position_embeddings
             for stage in self.stages:
@@ -114,6 +118,13 @@ def earlier_stages(stage: Stage) -> list[tuple[str, str]]:
     models += [one.model for key in ("teachers", "models") for one in getattr(stage, key, ())]
     asked += [("model", stage_named(model)) for model in models]
     return [(key, name) for key, name in asked if name is not None]
+
+
+def _leaves(stage: Stage, key: str) -> bool:
+    """Whether a stage leaves behind what another asks of it under this key."""
+    if key in ("traces", "pairs"):
+        return stage.kind == "sample" and stage.pairs == (key == "pairs")
+    return stage.kind == "teach" if key == "taught" else True
 
 
 def built_in_recipes() -> dict[str, Path]:

@@ -3,9 +3,9 @@
 The model answers training problems, and what a verifier finds right becomes data to imitate.
 
 Kept answers lie in the run's ``traces/NAME.jsonl`` as conversations, thoughts included: the form
-that ``sft`` reads, and anyone else can. Where another model answers, a teacher, learning from them is
-R1's way to distil (§2.4). With ``pairs`` a right answer lies there beside a wrong one, as ``dpo``
-reads them.
+that ``sft`` reads, and anyone else can. Where another model answers, a teacher, learning from its
+answers is R1's way to distil (§2.4). With ``pairs`` a right answer lies there beside a wrong one,
+as ``dpo`` reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qiusuo.evaluation.asking import Asker
-from qiusuo.tasks.task import Problem, take_apart
+from qiusuo.tasks.task import END_THINK, THINK, Problem, take_apart
 from qiusuo.training.named_models import named_model
 from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rollouts import Group, Rollout, roll_out
@@ -49,7 +49,7 @@ class Sampling:
         self.asker = dataclasses.replace(scene.asker, tokenizer=tokenizer)
         self.speaker = Speaker(
             model,
-            tokenizer,
+            None,
             adapter,
             torch.float32,
             answers=stage.batch * stage.answers,
@@ -106,28 +106,39 @@ class Sampling:
                 temperature=stage.temperature,
                 seed=seed_of(f"{self.seed}/{self.state.step}"),
                 keep_experts=False,
+                version=self.state.run_step,
             )
 
     def lines(self, group: Group) -> list[str]:
         """What is kept of a group's answers: the first different ones."""
-        right = list(dict.fromkeys(one.response for one in group.rollouts if self.is_right(one)))
         problem, asker = group.question.problem, self.asker
+        asked = asker.messages(problem)
+        right = dict.fromkeys(one.response for one in group.rollouts if self.is_right(one))
+        kept = [said(response) for response in right][: self.stage.keep]
         if not self.stage.pairs:
-            kept = [
-                {"messages": [*asker.messages(problem), said(response)]}
-                for response in right[: self.stage.keep]
-            ]
+            found = [{"messages": [*asked, message]} for message in kept]
         else:
-            wrong = list(dict.fromkeys(one.response for one in group.rollouts if is_wrong(one)))
-            kept = [
-                {"prompt": asker.messages(problem), "chosen": [said(a)], "rejected": [said(b)]}
-                for a, b in zip(right[: self.stage.keep], wrong, strict=False)
+            wrong = dict.fromkeys(one.response for one in group.rollouts if self.is_wrong(one))
+            found = [
+                {"prompt": asked, "chosen": [message], "rejected": [said(response)]}
+                for message, response in zip(kept, wrong, strict=False)
             ]
-        return [_line(record, problem, asker) for record in kept]
+        return [_line(record, problem, asker) for record in found]
 
     def is_right(self, one: Rollout) -> bool:
         valid = not self.stage.trace_valid or one.verdict.measures.get("trace_valid", 1) == 1
-        return one.finished and one.verdict.reward == 1 and valid
+        return one.verdict.reward == 1 and valid and self.can_be_said(one)
+
+    def is_wrong(self, one: Rollout) -> bool:
+        """Wrong in what it answers; one without an answer teaches form alone."""
+        answered = take_apart(one.response).answer is not None
+        return one.verdict.reward == 0 and answered and self.can_be_said(one)
+
+    def can_be_said(self, one: Rollout) -> bool:
+        """Whether the conversation that is kept has the tokens that were sampled: it ends, and no
+        mark other than a thought's stands in it, which would be read as text."""
+        marks = self.asker.tokenizer.special_tokens.keys() - {THINK, END_THINK}
+        return one.finished and not any(mark in one.response for mark in marks)
 
     def count(self, groups: list[Group], seconds: float) -> None:
         state = self.state
@@ -150,13 +161,6 @@ class Sampling:
                 "rollout_seconds": seconds,
             }
         )
-
-
-def is_wrong(one: Rollout) -> bool:
-    """Wrong in what it answers. One that never ends or has no form could not stand in a
-    conversation, and teaches form alone."""
-    whole = one.finished and take_apart(one.response).answer is not None
-    return whole and one.verdict.reward == 0
 
 
 def said(response: str) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class Scene(Generic[S]):
         """Where a ``sample`` stage leaves what it kept."""
         return self.run.path / "traces" / f"{stage}.jsonl"
 
+    def distributions_path(self, stage: str) -> Path:
+        """Where a ``teach`` stage leaves what its teacher said."""
+        return self.run.path / "distributions" / stage
+
 
 class StageWork(Protocol):
     """One stage at work. Between two steps ``state`` is all there is to know of it."""

@@ -16,6 +16,7 @@ from qiusuo.data.dialogues import read_dialogues
 from qiusuo.data.example_loader import ExampleLoader
 from qiusuo.data.examples import Example, ExampleSource
 from qiusuo.evaluation.asking import Asker
+from qiusuo.tasks.task import SplitName
 from qiusuo.training.beginning import stage_state
 from qiusuo.training.given_tasks import problem_at, task_of
 from qiusuo.training.scene import Scene
@@ -29,7 +30,7 @@ class Finetuning(SupervisedSteps):
     def __init__(self, scene: Scene[SftStage]) -> None:
         stage = scene.stage
         feed = ExampleLoader(
-            [(_source(scene, source), source.weight) for source in stage.sources],
+            [(source_of(scene, source), source.weight) for source in stage.sources],
             batch_size=stage.batch_size,
             sequence_length=stage.sequence_length,
             lookahead=scene.model.config.num_nextn_predict_layers,
@@ -39,7 +40,8 @@ class Finetuning(SupervisedSteps):
         super().__init__(stage, stage_state(scene, feed), scene.record, isolate=True)
 
 
-def _source(scene: Scene[SftStage], source: SftSource) -> ExampleSource:
+def source_of(scene: Scene[Any], source: SftSource) -> ExampleSource:
+    """The examples that a recipe names."""
     if source.task is not None:
         return Solutions(source.task, scene.asker, source.thought_share, scene.recipe.seed)
     path = source.file or scene.traces_path(source.traces or "")
@@ -51,15 +53,23 @@ class Solutions:
 
     length = None
 
-    def __init__(self, entry: TaskEntry, asker: Asker, thought_share: float, seed: int) -> None:
+    def __init__(
+        self,
+        entry: TaskEntry,
+        asker: Asker,
+        thought_share: float,
+        seed: int,
+        split: SplitName = "train",
+    ) -> None:
         self.entry, self.asker, self.thought_share, self.seed = entry, asker, thought_share, seed
+        self.split: SplitName = split
         self.task = task_of(entry)
         settings: list[Any] = [entry.model_dump(), thought_share, seed, asker.ask, asker.thinking]
         settings += [asker.system, asker.tokenizer.fingerprint]
         self.fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def example(self, index: int) -> Example:
-        problem = problem_at(self.entry, "train", self.seed, index)
+        problem = problem_at(self.entry, self.split, self.seed, index)
         chance = random.Random(f"solution/{self.seed}/{index}")
         thought = chance.random() < self.thought_share
         response = self.task.solution(problem, chance, thought=thought)

@@ -75,8 +75,6 @@ def _copied(model: Transformer, adapter: LoRA | None, dtype: torch.dtype) -> Tra
     """The model in another type, without the adapter's hooks: it gets weights with it inside."""
     with nullcontext() if adapter is None else adapter.disabled():
         copied = copy.deepcopy(model).requires_grad_(False)
-    biases = dict(copied.named_buffers())  # of the routers: float32 whatever the weights are
-    copied.to(dtype)
-    for name, buffer in biases.items():
-        copied.get_buffer(name).data = buffer
+    for parameter in copied.parameters():  # not the routers' biases: those stay float32
+        parameter.data = parameter.data.to(dtype)
     return copied

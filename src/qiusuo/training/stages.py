@@ -1,10 +1,10 @@
 """The stages of a recipe, and the tables inside them: what each key means and may be.
 
 A stage is one chapter of a model's life. ``pretrain`` reads text, ``sft`` imitates answers, ``rl``
-tries and is paid, ``sample`` keeps what a verifier found right, ``dpo`` prefers one answer to another.
-``teach`` writes down what a teacher would say, ``distil`` learns from that, ``distil_on_policy`` from
-what teachers say to its own answers; ``merge`` averages models. Each begins with the weights the
-stage before it ended with, or those of ``start_from``.
+tries and is paid, ``sample`` keeps what a verifier found right, ``dpo`` prefers an answer to
+another. ``teach`` writes down what a teacher would say, ``distil`` learns from that,
+``distil_on_policy`` from what teachers say to its own answers; ``merge`` averages models. Each
+begins with the weights the stage before it ended with, or those of ``start_from``.
 """
 
 from __future__ import annotations
@@ -135,9 +135,11 @@ class AskSection(Section):
 
 class EvaluationSection(Section):
     """What every stage's model is asked before, in between and after: ``count`` held-out problems
-    of each difficulty, once greedily and ``samples`` times at ``temperature``."""
+    of each difficulty, once greedily and ``samples`` times at ``temperature``. Of ``answers``, the
+    known solutions of held-out problems, the loss is told: what a model forgets shows there."""
 
     tasks: tuple[TaskEntry, ...] = ()
+    answers: tuple[TaskEntry, ...] = ()
     count: int = Field(200, ge=1)
     samples: int = Field(8, ge=0)
     temperature: float = Field(1.0, gt=0)
@@ -163,10 +165,16 @@ class LearningStage(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def named_by_kind(cls, table: Any) -> Any:
-        if isinstance(table, dict) and not table.get("name"):
-            return {**table, "name": cls.model_fields["kind"].default}
-        return table
+    def filled_up(cls, table: Any) -> Any:
+        """Named by its kind where it has no name; and a table that is given in part is filled up
+        with the stage's own defaults, not with those of other kinds of stages."""
+        if not isinstance(table, dict):
+            return table
+        filled = {**table, "name": table.get("name") or cls.model_fields["kind"].default}
+        for key, field in cls.model_fields.items():
+            if isinstance(field.default, Section) and isinstance(table.get(key), dict):
+                filled[key] = field.default.model_dump() | table[key]
+        return filled
 
     @model_validator(mode="after")
     def end_unknown(self) -> LearningStage:
@@ -362,7 +370,8 @@ class TaughtSource(Section):
 
 class MatchSection(Section):
     """How far the student is from its teacher: ``forward`` KL(teacher, student), ``reverse``
-    KL(student, teacher), or ``jsd`` between them with the share ``teacher_share`` of the teacher."""
+    KL(student, teacher), or ``jsd`` between them, which gives the teacher the share
+    ``teacher_share``."""
 
     divergence: Literal["forward", "reverse", "jsd"]
     teacher_share: float = Field(0.5, gt=0, lt=1)

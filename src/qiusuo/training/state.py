@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,12 @@ class StageState:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 yield from group["params"]
+
+    @contextmanager
+    def whole_model(self) -> Iterator[Transformer]:
+        """The model as it is used: with the adapter inside its weights, where there is one."""
+        with nullcontext() if self.adapter is None else self.adapter.merged():
+            yield self.model
 
     def save(self, folder: Path) -> None:
         content: dict[str, Any] = {name: getattr(self, name) for name in self._COUNTERS}

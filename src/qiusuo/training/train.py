@@ -91,9 +91,8 @@ def train(
 def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[Stage, ...]:
     if checkpoint is None:
         return recipe.stages
-    current = recipe.stage(checkpoint["stage"])
-    done = checkpoint["step"] >= checkpoint["planned"] and current is not recipe.stages[-1]
-    return recipe.stages[recipe.stages.index(current) + done :]
+    # One that has ended comes again: it has no step to take, but perhaps its last look.
+    return recipe.stages[recipe.stages.index(recipe.stage(checkpoint["stage"])) :]
 
 
 def _mark(run: RunFolder, life: StageLife | None, error: BaseException) -> None:

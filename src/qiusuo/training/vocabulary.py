@@ -83,13 +83,13 @@ def _made(recipe: Recipe) -> Tokenizer:
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
-    """What the stages read: corpora as they are, the rest often enough for ``min_frequency``."""
+    """What the stages read: every corpus once, the rest often enough for ``min_frequency``."""
     few: list[str] = []
-    entries = list(recipe.evaluation.tasks)
+    corpora: list[str] = []
+    entries = [*recipe.evaluation.tasks, *recipe.evaluation.answers]
     for stage in recipe.stages:
         if isinstance(stage, PretrainStage):
-            for corpus in stage.data.corpora:
-                yield from open_corpus(corpus.source).documents()
+            corpora += [corpus.source for corpus in stage.data.corpora]
             continue
         entries += getattr(stage, "tasks", ())
         for source in getattr(stage, "sources", ()):
@@ -97,6 +97,9 @@ def _texts(recipe: Recipe) -> Iterator[str]:
                 entries.append(task)
             if (file := getattr(source, "file", None)) is not None:
                 few.append(Path(file).read_text(encoding="utf-8"))
+    corpora += [entry.corpus for entry in entries if entry.corpus is not None]
+    for corpus in dict.fromkeys(corpora):
+        yield from open_corpus(corpus).documents()
     few += vocabulary_texts(entries)
     yield from chain.from_iterable(repeat(few, recipe.tokenizer.min_frequency))
 

@@ -40,6 +40,7 @@ from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
 from qiusuo.training.stages import RlStage
 from qiusuo.training.steps import Learning, StepResult
 
+THOROUGH_STEPS = 10  # between two looks at all answers side by side
 RECENT = 10  # steps whose mean reward ends a stage
 
 
@@ -108,7 +109,8 @@ class Reinforcement(Learning):
         for group in asked:
             self.questions.heard(group.question, group.passed)
         result, measures, entropy = self.learn(paid)
-        told = told_of(asked, self.preset, measures, entropy, self.load)
+        thorough = self.state.step % THOROUGH_STEPS == 0
+        told = told_of(asked, self.preset, measures, entropy, self.load, thorough)
         told |= {
             "kind": "rollout",
             "stage": self.stage.name,
@@ -150,6 +152,7 @@ class Reinforcement(Learning):
                     temperature=stage.temperature,
                     seed=seed_of(f"{self.seed}/{self.state.step}/{rounds}"),
                     keep_experts=self.replay,
+                    version=self.state.run_step,
                 )
                 rounds += 1
                 if preset.same_groups != "refill" or len(asked) >= most:

@@ -54,8 +54,11 @@ def roll_out(
     temperature: float,
     seed: int,
     keep_experts: bool,
+    version: int,
 ) -> list[Group]:
-    """Answer every question ``group`` times, all of them side by side, and judge the answers."""
+    """Answer every question ``group`` times, all of them side by side, and judge the answers.
+    ``version``: of the weights, a number that a resumed run gives them too (the engine's own begins
+    anew with every process)."""
     prompts = [asker.prompt_ids(question.problem) for question in questions]
     end = asker.tokenizer.eos_id
     completions = lm.generate(
@@ -70,12 +73,14 @@ def roll_out(
     groups = []
     for row, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
         told = completions[row * group : (row + 1) * group]
-        rollouts = [_judged(question, prompt, one, asker) for one in told]
+        rollouts = [_judged(question, prompt, one, asker, version) for one in told]
         groups.append(Group(question, rollouts))
     return groups
 
 
-def _judged(question: Question, prompt: list[int], told: Completion, asker: Asker) -> Rollout:
+def _judged(
+    question: Question, prompt: list[int], told: Completion, asker: Asker, version: int
+) -> Rollout:
     if told.error is not None:
         raise TrainingError(f"a rollout failed: {told.error}")
     finished = told.finish_reason == "stop"
@@ -86,7 +91,7 @@ def _judged(question: Question, prompt: list[int], told: Completion, asker: Aske
         told.token_ids,
         told.logprobs,
         told.experts,
-        told.versions[0],
+        version,
         finished,
         response,
         question.task.verify(question.problem, response),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from qiusuo.tasks.task import Problem, Verdict
 from qiusuo.training.balance import ExpertLoad
 from qiusuo.training.rl.policy_loss import PolicyMeasures
 from qiusuo.training.rl.policy_presets import Preset
@@ -19,8 +20,10 @@ def told_of(
     measures: PolicyMeasures | None,
     entropy: float,
     load: ExpertLoad,
+    thorough: bool,
 ) -> dict[str, Any]:
-    """Of all groups asked, those without variance too: they are a fair draw of the problems."""
+    """Of all groups asked, those without variance too: they are a fair draw of the problems.
+    ``thorough``: with what the answers side by side show, which may take long."""
     rollouts = [one for group in asked for one in group.rollouts]
     right = [one for one in rollouts if one.verdict.reward == 1]
     wrong = [one for one in rollouts if one.verdict.reward != 1]
@@ -45,6 +48,8 @@ def told_of(
             "mismatch_max": measures.mismatch_max,
             "importance_weight": measures.weight,
         }
+    if thorough:
+        told |= _together(asked)
     if load.counts:
         told["max_violation"] = list(load.max_violation().values())
     return told
@@ -56,6 +61,20 @@ def _by_task(asked: Sequence[Group]) -> dict[str, float]:
         problem = group.question.problem
         rates[f"{problem.task}/{problem.difficulty}"].append(group.passed)
     return {name: fmean(passed) for name, passed in sorted(rates.items())}
+
+
+def _together(asked: Sequence[Group]) -> dict[str, float]:
+    """What each task tells of all its answers side by side."""
+    answers: dict[int, list[tuple[Problem, Verdict]]] = defaultdict(list)
+    for group in asked:
+        question = group.question
+        answers[question.entry] += [(question.problem, one.verdict) for one in group.rollouts]
+    tasks = {group.question.entry: group.question.task for group in asked}
+    return {
+        name: value
+        for entry, of in sorted(answers.items())
+        for name, value in tasks[entry].together(of).items()
+    }
 
 
 def _mean_measures(rollouts: Iterable[Rollout]) -> dict[str, float]:
