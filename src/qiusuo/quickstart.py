@@ -18,8 +18,9 @@ from qiusuo.engine.language_model import LanguageModel
 from qiusuo.engine.loading import load
 from qiusuo.runs.folder import RunFolder, read_recipe, read_status
 from qiusuo.runs.summary import read_summary
-from qiusuo.terminal import facts_table
+from qiusuo.terminal import facts_table, outcomes_table
 from qiusuo.training.recipe import Recipe, parse_recipe
+from qiusuo.training.stages import PretrainStage
 from qiusuo.training.train import resume_run, start_run, train
 
 
@@ -38,6 +39,10 @@ def quickstart(recipe: Recipe, path: Path, device: str = "cpu") -> bool:
     lm = load(path)
     _write(lm, recipe, console)
     console.print(facts_table(read_summary(path)))
+    if (table := outcomes_table(path)) is not None:
+        console.print()
+        console.print(table)
+        console.print()
     console.print(f"Run folder   {path}", soft_wrap=True)
     if (path / "report.html").is_file():
         console.print(f"Report       {path / 'report.html'}", soft_wrap=True)
@@ -67,7 +72,9 @@ def remove_run(path: Path) -> None:
 
 
 def _write(lm: LanguageModel, recipe: Recipe, console: Console, **more: Any) -> None:
-    samples = recipe.stages[-1].samples
+    samples = next((s.samples for s in recipe.stages if isinstance(s, PretrainStage)), None)
+    if samples is None:
+        return
     prompts = more.get("prompts") or list(samples.prompts)
     completions = lm.generate(
         prompts,

@@ -6,7 +6,7 @@ import difflib
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from rich.table import Table
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.data.cache import show_bytes
+from qiusuo.runs.log import read_log
+from qiusuo.runs.outcomes import accuracy_words, find_outcomes
 from qiusuo.runs.words import format_fact
 
 if TYPE_CHECKING:
@@ -41,6 +43,27 @@ def facts_table(summary: dict[str, Any]) -> Table:
         if label not in HIDDEN_FACTS:
             table.add_row(label, format_fact(value))
     return table
+
+
+def outcomes_table(run: Path) -> Table | None:
+    """Accuracy on held-out problems after each stage of a run; None where none was measured."""
+    outcomes = find_outcomes(read_log(run / "log.jsonl"))
+    if outcomes is None:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("held-out problems")
+    for words, _ in outcomes.columns:
+        table.add_column(words, justify="right")
+    for name, cells in outcomes.rows:
+        table.add_row(name, *map(_accuracy_and_length, cells))
+    return table
+
+
+def _accuracy_and_length(cell: Mapping[str, Any] | None) -> str:
+    if not cell:
+        return ""
+    length = cell.get("length")
+    return accuracy_words(cell)[0] + ("" if length is None else f" ({length:.0f} tokens)")
 
 
 def show_cost(model: str, context: int | None) -> None:

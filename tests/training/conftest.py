@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qiusuo.training.rl.reinforce import Reinforcement
 from tests.training import lives, tasks
 
 
@@ -40,3 +43,16 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("qiusuo.training.finish.write_report", lambda path: path)
         assert lives.live(tasks.recipe(tasks.sft(steps=80)), path)
     return path / "model"
+
+
+@pytest.fixture
+def trying(taught: Path, tmp_path: Path) -> tasks.Make:
+    """Makes the steps of the tiny reinforcement with some keys of its stage (``top``: of its
+    recipe) changed, each in a folder of its own."""
+    numbers = itertools.count()
+
+    def make(*, top: dict[str, Any] | None = None, **stage: Any) -> Reinforcement:
+        recipe = tasks.recipe(tasks.rl(**stage), base=taught, **(top or {}))
+        return Reinforcement(lives.scene_of(recipe, tmp_path / f"made-{next(numbers)}"))
+
+    return make

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.tasks.parity import Parity
+from qiusuo.tasks.task import Verdict
 from qiusuo.training.recipe import Recipe, parse_recipe
+from qiusuo.training.rl.questions import Question
+from qiusuo.training.rl.reinforce import Reinforcement
+from qiusuo.training.rl.rollouts import Group, Rollout
 from tests.training import lives
 
+Make = Callable[..., Reinforcement]
 PARITY: dict[str, Any] = {"task": "parity", "difficulties": [8]}
 MODEL: dict[str, Any] = lives.MODEL | {"hidden_size": 32}
 
@@ -111,3 +119,25 @@ def chain(base: Path) -> Recipe:
         base=base,
         evaluation={"tasks": [PARITY], "count": 2, "samples": 2, "max_tokens": 12},
     )
+
+
+# Answers made up, where a model is of no concern
+
+
+def rollout(
+    reward: float = 1.0, *, tokens: int = 3, finished: bool = True, response: str = ""
+) -> Rollout:
+    """``reward``: the verifier's."""
+    answer = "1" if reward else "0"
+    verdict = Verdict(reward, answer, "right" if reward else "wrong answer", {"thought": 0.0})
+    words = response or f"<think></think>{answer}"
+    return Rollout([5, 6], [7] * tokens, [-0.5] * tokens, None, 0, finished, words, verdict)
+
+
+def group(rewards: Sequence[float], question: Question | None = None, **how: Any) -> Group:
+    return Group(question or a_question(), [rollout(reward, **how) for reward in rewards])
+
+
+def a_question(difficulty: int = 8, entry: int = 0) -> Question:
+    task = Parity()
+    return Question(task.problem(difficulty, random.Random(3)), task, entry)

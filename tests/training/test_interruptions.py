@@ -19,6 +19,7 @@ import torch
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
+from qiusuo.runs.summary import read_summary
 from qiusuo.training.train import resume_run
 from tests.training import dying, lives
 
@@ -170,6 +171,9 @@ def test_killed_between_the_last_checkpoint_and_the_end(
             lives.live(lives.recipe_for(corpus), tmp_path / "run")
     assert lives.go_on(tmp_path / "run")
     lives.assert_same_life(tmp_path / "run", undisturbed)
+    told, expected = read_summary(tmp_path / "run"), read_summary(undisturbed)
+    assert told["Validation loss"] == expected["Validation loss"]  # seen before the kill, or again
+    assert told.keys() == expected.keys()
 
 
 # Disks

@@ -16,6 +16,12 @@ from qiusuo.runs.log import read_log
 from qiusuo.training.recipe import RecipeError, parse_recipe
 from tests.training import lives, tasks
 
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+
+
 BRANCHES = (
     tasks.sft(steps=3, name="trunk"),
     tasks.sft(steps=2, name="left", start_from="trunk"),
@@ -72,10 +78,13 @@ def test_a_model_and_itself_are_itself(taught: Path, tmp_path: Path) -> None:
 
 
 def test_another_architecture_has_no_average(taught: Path, tmp_path: Path) -> None:
-    recipe = tasks.recipe(merge((str(taught), 1), (str(taught), 1)))
-    smaller = recipe.model_copy(update={"model": recipe.model | {"hidden_size": 16}})
+    recipe = tasks.recipe(
+        merge((str(taught), 1), (str(taught), 1)),
+        tokenizer={"kind": "path", "path": str(taught)},
+        model=tasks.MODEL | {"hidden_size": 16},
+    )
     with pytest.raises(RecipeError, match="only models of one architecture have an average"):
-        lives.live(smaller, tmp_path / "run")
+        lives.live(recipe, tmp_path / "run")
 
 
 def test_another_vocabulary_has_no_average(taught: Path, undisturbed: Path, tmp_path: Path) -> None:

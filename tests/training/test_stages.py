@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qiusuo.runs.folder import read_recipe as read_resolved
+from qiusuo.tasks.task import TaskError
 from qiusuo.training import stages
 from qiusuo.training.recipe import RecipeError, parse_recipe
 from qiusuo.training.train import start_run
@@ -203,3 +204,41 @@ def test_adapters() -> None:
 def test_a_row_longer_than_the_context_is_refused() -> None:
     said = refused(tasks.sft(sequence_length=129))
     assert "sequence_length 129 is over the model's max_position_embeddings 128" in said
+
+
+# Refused before anything is done
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (tasks.rl(tasks=[{"task": "party", "difficulties": [8]}]), "did you mean 'parity'"),
+        (tasks.rl(tasks=[{"task": "parity", "difficulties": [8, 7]}]), "difficulties 8 to 64"),
+        (tasks.sample(tasks=[{"task": "parity", "difficulties": [99]}]), "difficulties 8 to 64"),
+        (
+            tasks.sft(name="x", sources=[{"task": {"task": "party", "difficulties": [8]}}]),
+            "did you mean 'parity'",
+        ),
+        (tasks.rl(preset="cispo", loss={"dual_clip": 2.0}), "stage rl: dual_clip"),
+    ],
+)
+def test_a_later_stage_that_cannot_work_is_refused_at_once(
+    taught: Path, tmp_path: Path, stage: dict[str, Any], expected: str
+) -> None:
+    recipe = tasks.recipe(tasks.sft(), stage, base=taught)
+    with pytest.raises((RecipeError, TaskError), match=expected):
+        lives.live(recipe, tmp_path / "run")
+    assert lives.state_of(tmp_path / "run") == "failed"
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_task_that_is_only_looked_at_is_checked_too(taught: Path, tmp_path: Path) -> None:
+    looks = {"tasks": [{"task": "parity", "difficulties": [3]}]}
+    with pytest.raises(TaskError, match="difficulties 8 to 64"):
+        lives.live(tasks.recipe(tasks.sft(), base=taught, evaluation=looks), tmp_path / "run")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_margin_beyond_the_longest_answer() -> None:
+    said = refused(tasks.rl(overlong="soft", overlong_margin=13, max_tokens=12))
+    assert "overlong_margin must be at most max_tokens, 12" in said

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qiusuo.data.preferences import read_preferences
+from qiusuo.data.preferences import Preferences, read_preferences
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.kernels.token_logprobs import token_logprobs
 from qiusuo.model.moe import Routing
@@ -24,7 +24,7 @@ from qiusuo.training.preference import Answers, preference_loss
 from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
 from qiusuo.training.seeds import seed_of
-from qiusuo.training.stages import DpoStage
+from qiusuo.training.stages import DpoStage, PairSource
 from qiusuo.training.steps import Learning, StepResult
 
 # P pairs, B = 2P answers: the chosen ones, then the rejected ones. T places, N counted ones.
@@ -43,10 +43,7 @@ class Preferring(Learning):
 
     def __init__(self, scene: Scene[DpoStage]) -> None:
         stage = scene.stage
-        parts = [
-            read_preferences(source.file or scene.traces_path(source.pairs or ""), scene.tokenizer)
-            for source in stage.sources
-        ]
+        parts = [preferences(scene, source) for source in stage.sources]
         self.pairs = Pairs(parts)
         context = scene.model.config.max_position_embeddings
         if self.pairs.longest > context:
@@ -139,3 +136,17 @@ class Preferring(Learning):
         lengths = [max(len(example.tokens) for example in pair) for pair in pairs]
         for part in longest_first(lengths, self.stage.micro_batch_size):
             yield [numbers[place] for place in part]
+
+
+def preferences(scene: Scene[DpoStage], source: PairSource) -> Preferences:
+    """DataError or RecipeError where there are none."""
+    if source.file is not None:
+        return read_preferences(source.file, scene.tokenizer)
+    path = scene.traces_path(source.pairs or "")
+    if not path.is_file() or not path.stat().st_size:
+        raise RecipeError(
+            f"stage {scene.stage.name}: stage {source.pairs} kept no pairs: it must be of the kind "
+            "sample with pairs = true, and some problem needs a right and a wrong answer beside "
+            "each other: give it more count or answers, or problems that the model can half do"
+        )
+    return read_preferences(path, scene.tokenizer)

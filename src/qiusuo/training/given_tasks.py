@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from qiusuo.data.corpora import open_corpus
+from qiusuo.evaluation.asking import Ask
 from qiusuo.tasks.registry import find_task
 from qiusuo.tasks.task import Problem, SplitName, Task, problems
-from qiusuo.training.stages import TaskEntry
+from qiusuo.training.stages import Stage, TaskEntry
 
 Stream = list[Problem]
 
@@ -18,13 +20,12 @@ Stream = list[Problem]
 def task_of(entry: TaskEntry) -> Task:
     """The entry's task, made from its corpus where it has one. TaskError or DataError where there
     is none."""
-    options = tuple(sorted(entry.options.items()))
-    return _made(entry.task, entry.corpus, options)
+    return _made(entry.task, entry.corpus, json.dumps(entry.options, sort_keys=True))
 
 
 @lru_cache(maxsize=16)  # a corpus of poems takes seconds to read
-def _made(name: str, corpus: str | None, options: tuple[tuple[str, Any], ...]) -> Task:
-    more = dict(options)
+def _made(name: str, corpus: str | None, options: str) -> Task:
+    more: dict[str, Any] = json.loads(options)
     if corpus is not None:
         more["poems"] = tuple(open_corpus(corpus).documents())
     return find_task(name, **more)
@@ -36,14 +37,29 @@ def problem_at(entry: TaskEntry, split: SplitName, seed: int, index: int) -> Pro
     return next(stream)
 
 
-def vocabulary_texts(entries: Sequence[TaskEntry]) -> Iterator[str]:
-    """Texts with every character that the entries' prompts and answers use, those of their corpora
-    left out."""
+def stage_tasks(stage: Stage) -> list[TaskEntry]:
+    """Every entry that a stage draws problems from."""
+    sources = getattr(stage, "sources", ())
+    learnt = [getattr(source, "task", None) for source in sources]
+    return [*getattr(stage, "tasks", ()), *(entry for entry in learnt if entry is not None)]
+
+
+def check_task(entry: TaskEntry) -> None:
+    """TaskError or DataError for a task that cannot be had, or not with these difficulties."""
+    task = task_of(entry)
+    for difficulty in entry.difficulties:
+        task.check_difficulty(difficulty)
+
+
+def vocabulary_texts(entries: Sequence[TaskEntry], ask: Ask) -> Iterator[str]:
+    """Texts with every character that the entries' prompts (or questions, as ``ask`` says) and
+    answers use, those of their corpora left out."""
     for entry in entries:
         task = task_of(entry)
         if task.alphabet is not None:
             yield task.alphabet
-            continue
+            if ask == "prompt":
+                continue
         for index in range(500):
             problem = problem_at(entry, "train", 0, index)
             yield problem.prompt

@@ -18,7 +18,7 @@ from qiusuo.training.kinds import work_of
 from qiusuo.training.looks import TaskLook, check_prompts, write_samples
 from qiusuo.training.recipe import Recipe, earlier_stages
 from qiusuo.training.scene import Scene, TrainingError
-from qiusuo.training.stages import Stage
+from qiusuo.training.stages import SampleStage, Stage, TeachStage
 from qiusuo.training.state import take_weights
 from qiusuo.training.steps import PACE_STEPS
 from qiusuo.training.vocabulary import run_tokenizer
@@ -82,7 +82,7 @@ class StageLife:
                 if finished:
                     state.ends[state.stage] = state.run_step
                 self.checkpoint()
-                if finished:
+                if finished and not isinstance(self.stage, SampleStage | TeachStage):
                     self.look(whole=True, when="after")
         if finished and last:
             report_missing = finish_run(run, self.recipe, self.stage, self.work, self.tokenizer)

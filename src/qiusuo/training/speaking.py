@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.language_model import LanguageModel
@@ -40,25 +41,14 @@ class Speaker:
         self.model, self.adapter = model, adapter
         self.own = dtype != torch.float32
         spoken = _copied(model, adapter, dtype) if self.own else model
-        weight = spoken.model.embed_tokens.weight
-        pages = answers * (2 + tokens // PAGE_TOKENS)
-        limits = Limits(
-            cache_bytes=pages * PagedCache.page_bytes(model.config, weight.dtype),
-            step_tokens=STEP_TOKENS,
-            max_running=answers,
-            prefix_cache=False,
-        )
-        self.lm = LanguageModel(spoken, tokenizer, limits, draft="none")
+        self.lm = sampler_of(spoken, tokenizer, answers=answers, tokens=tokens)
 
     @contextmanager
     def speaking(self) -> Iterator[LanguageModel]:
         """The model with the weights of this moment."""
         engine = self.lm.engine
         if self.own:
-            state = self.model.state_dict()
-            if self.adapter is not None:
-                state |= self.adapter.merged_weights()
-            engine.swap_weights(state)
+            engine.swap_weights(weights_of(self.model, self.adapter))
             yield self.lm
         elif self.adapter is not None:
             with self.adapter.merged():
@@ -71,10 +61,35 @@ class Speaker:
             self.model.train()
 
 
+def sampler_of(
+    model: Transformer, tokenizer: Tokenizer | None, *, answers: int, tokens: int
+) -> LanguageModel:
+    """An engine on the model, with room for just that."""
+    weight = model.model.embed_tokens.weight
+    pages = answers * (2 + tokens // PAGE_TOKENS)
+    limits = Limits(
+        cache_bytes=pages * PagedCache.page_bytes(model.config, weight.dtype),
+        step_tokens=STEP_TOKENS,
+        max_running=answers,
+        prefix_cache=False,
+    )
+    return LanguageModel(model, tokenizer, limits, draft="none")
+
+
+def weights_of(model: Transformer, adapter: LoRA | None) -> dict[str, Tensor]:
+    """The weights of this moment, the adapter inside."""
+    state: dict[str, Tensor] = model.state_dict()
+    return state if adapter is None else state | adapter.merged_weights()
+
+
+def in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The very model, to be sampled from in that type."""
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(dtype)  # not the routers' biases: those stay float32
+    return model
+
+
 def _copied(model: Transformer, adapter: LoRA | None, dtype: torch.dtype) -> Transformer:
     """The model in another type, without the adapter's hooks: it gets weights with it inside."""
     with nullcontext() if adapter is None else adapter.disabled():
-        copied = copy.deepcopy(model).requires_grad_(False)
-    for parameter in copied.parameters():  # not the routers' biases: those stay float32
-        parameter.data = parameter.data.to(dtype)
-    return copied
+        return in_dtype(copy.deepcopy(model), dtype)

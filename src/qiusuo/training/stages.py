@@ -308,6 +308,12 @@ class RlStage(LearningStage):
     schedule: ScheduleSection = ScheduleSection(warmup_steps=5, decay_fraction=0.0)
     balance: BalanceSection = BalanceSection(bias_update_speed=0.0)
 
+    @model_validator(mode="after")
+    def margin_within_limit(self) -> RlStage:
+        if self.overlong_margin is not None and self.overlong_margin > self.max_tokens:
+            raise ValueError(f"overlong_margin must be at most max_tokens, {self.max_tokens}")
+        return self
+
 
 class SampleStage(Section):
     """Rejection sampling: ``answers`` to each of ``count`` problems; of those found right

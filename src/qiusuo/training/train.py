@@ -17,11 +17,13 @@ from qiusuo.engine.loading import device_fault
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.training.finish import draw_report, mend_papers
+from qiusuo.training.given_tasks import check_task, stage_tasks
 from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.life import StageLife, last_state
-from qiusuo.training.recipe import Recipe, parse_recipe
+from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe
+from qiusuo.training.rl.reinforce import resolved
 from qiusuo.training.scene import TrainingError
-from qiusuo.training.stages import Stage
+from qiusuo.training.stages import RlStage, Stage
 from qiusuo.version import __version__
 
 
@@ -70,6 +72,7 @@ def train(
     try:
         if fault := device_fault(device):  # before any work is done
             raise TrainingError(fault)
+        _check(recipe)
         for stage in _stages_left(recipe, last_state(run)):
             if only_stage not in (None, stage.name):
                 continue
@@ -86,6 +89,23 @@ def train(
         torch.set_flush_denormal(False)  # the process may have other plans
         gc.unfreeze()
     return True
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse now what a later stage's work could not begin with: RecipeError, TaskError or
+    DataError."""
+    for stage in recipe.stages:
+        for entry in stage_tasks(stage):
+            check_task(entry)
+        if isinstance(stage, RlStage):
+            try:
+                resolved(stage)
+            except RecipeError:
+                raise
+            except ValueError as error:
+                raise RecipeError(f"stage {stage.name}: {error}") from error
+    for entry in (*recipe.evaluation.tasks, *recipe.evaluation.answers):
+        check_task(entry)
 
 
 def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[Stage, ...]:

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.data.cache import cache_folder
 from qiusuo.data.corpora import open_corpus
 from qiusuo.data.errors import DataError
+from qiusuo.data.json_lines import read_records
 from qiusuo.data.prepare import PreparedData, prepare_corpus
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.training.given_tasks import vocabulary_texts
@@ -96,12 +98,22 @@ def _texts(recipe: Recipe) -> Iterator[str]:
             if (task := getattr(source, "task", None)) is not None:
                 entries.append(task)
             if (file := getattr(source, "file", None)) is not None:
-                few.append(Path(file).read_text(encoding="utf-8"))
+                few += chain.from_iterable(_words(record) for _, record in read_records(file))
     corpora += [entry.corpus for entry in entries if entry.corpus is not None]
     for corpus in dict.fromkeys(corpora):
         yield from open_corpus(corpus).documents()
-    few += vocabulary_texts(entries)
+    few += vocabulary_texts(entries, recipe.ask.text)
+    few.append(recipe.ask.system or "")
     yield from chain.from_iterable(repeat(few, recipe.tokenizer.min_frequency))
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every text in what JSON holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _words(inner)
 
 
 def _digest(recipe: Recipe, stage: PretrainStage) -> str:

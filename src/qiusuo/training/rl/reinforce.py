@@ -1,9 +1,9 @@
 """The stage ``rl``: try, be paid, and make likelier what was paid above the others (GRPO).
 
 A step asks a batch of problems, answers each several times on the engine, with the very weights
-that are then updated, and takes the verifier's rewards. Groups that are all right or all wrong
-teach nothing and give way to others. Everything that the next step depends on is in the state:
-weights, optimizer, the questions' places, guards, the reference.
+that are then updated (or one step ahead: ahead.py), and takes the verifier's rewards. Groups that
+are all right or all wrong teach nothing and give way to others. Everything that the next step
+depends on is in the state: weights, optimizer, the questions' places, guards, the reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.beginning import stage_state
+from qiusuo.training.recipe import RecipeError
 from qiusuo.training.rl.advantages import group_advantages, soft_overlong_penalty
+from qiusuo.training.rl.ahead import Ahead
+from qiusuo.training.rl.asking import Asking, Batch
 from qiusuo.training.rl.policy_loss import (
     PolicyMeasures,
     Tokens,
@@ -31,7 +34,7 @@ from qiusuo.training.rl.policy_loss import (
 from qiusuo.training.rl.policy_presets import PRESETS, Preset
 from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rewards import Rewards
-from qiusuo.training.rl.rollouts import Group, kept_record, roll_out
+from qiusuo.training.rl.rollouts import Group, kept_record
 from qiusuo.training.rl.telling import told_of
 from qiusuo.training.rl.update import Paid, Rows, row_logprobs, rows_of
 from qiusuo.training.scene import Scene
@@ -42,6 +45,7 @@ from qiusuo.training.steps import Learning, StepResult
 
 THOROUGH_STEPS = 10  # between two looks at all answers side by side
 RECENT = 10  # steps whose mean reward ends a stage
+IMPORTANCE_CAP = 2.0  # where the sampler is a step behind and nothing else is said
 
 
 class Reinforcement(Learning):
@@ -58,25 +62,35 @@ class Reinforcement(Learning):
         if self.preset.loss.kl > 0:
             self.reference = _frozen_copy(scene)
         super().__init__(stage, stage_state(scene, self), scene.record)
-        self.speaker = Speaker(
-            scene.model,
-            None,
-            scene.adapter,
-            self.dtype,
-            answers=stage.prompts * self.preset.group_size,
-            tokens=PROMPT_TOKENS + stage.max_tokens,
-        )
         config = scene.model.config
         layers = range(config.num_hidden_layers)
         self.replay = stage.replay_experts and any(map(config.is_moe_layer, layers))
+        self.asking = Asking(
+            stage, self.preset, scene.asker, self.questions, self.seed, self.replay
+        )
+        self.ahead = Ahead(scene, self.asking, self.dtype) if stage.lag else None
+        if self.ahead is None:
+            self.speaker = Speaker(
+                scene.model,
+                None,
+                scene.adapter,
+                self.dtype,
+                answers=stage.prompts * self.preset.group_size,
+                tokens=PROMPT_TOKENS + stage.max_tokens,
+            )
         self.rollouts = scene.run.open_rollouts()
 
     def run(self, after_step: Callable[[], bool]) -> None:
         # Only now the state is the checkpoint's: what was written after it comes again.
         self.rollouts.truncate_after(self.state.run_step)
         super().run(after_step)
+        if self.ahead is not None:  # what is under way belongs to the state, unless it is the end
+            over = self.state.step >= self.state.planned
+            self.ahead.forget() if over else self.ahead.wait()
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         self.rollouts.close()
 
     # -- state: this object is its own feed ----------------------------------------------------
@@ -88,6 +102,7 @@ class Reinforcement(Learning):
             "rewards": self.rewards.state_dict(),
             "recent": list(self.recent),
             "reference": reference,
+            "ahead": None if self.ahead is None else self.ahead.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,18 +111,22 @@ class Reinforcement(Learning):
         self.recent.extend(state["recent"])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state["ahead"])
 
     # -- a step ----------------------------------------------------------------------------------
 
     def one_step(self) -> StepResult:
         start = time.perf_counter()
         asked, refills = self.ask()
+        for group in asked:
+            self.questions.heard(group.question, group.passed)
+        if self.ahead is not None and self.state.step + 1 < self.state.planned:
+            self.ahead.begin(self.state.step + 1, self.state.run_step)
         rewards_PG, paid = self.pay(asked)
         rolled = time.perf_counter()
         passed = float(sum(group.passed for group in asked) / len(asked))
         self.recent.append(passed)
-        for group in asked:
-            self.questions.heard(group.question, group.passed)
         result, measures, entropy = self.learn(paid)
         thorough = self.state.step % THOROUGH_STEPS == 0
         told = told_of(asked, self.preset, measures, entropy, self.load, thorough)
@@ -134,31 +153,13 @@ class Reinforcement(Learning):
         full = len(self.recent) == RECENT
         return limit is not None and full and sum(self.recent) / RECENT > limit
 
-    def ask(self) -> tuple[list[Group], int]:
-        """Groups of answers: enough that teach something, where they are refilled."""
-        stage, preset = self.stage, self.preset
-        most = stage.most_prompts or 2 * stage.prompts
-        asked: list[Group] = []
-        rounds, missing = 0, stage.prompts
+    def ask(self) -> Batch:
+        """The step's groups of answers."""
+        step, version = self.state.step, self.state.run_step
+        if self.ahead is not None:
+            return self.ahead.take(step, version)
         with self.speaker.speaking() as lm:
-            while missing > 0:
-                questions = self.questions.take(min(missing, most - len(asked)))
-                asked += roll_out(
-                    lm,
-                    self.scene.asker,
-                    questions,
-                    group=preset.group_size,
-                    max_tokens=stage.max_tokens,
-                    temperature=stage.temperature,
-                    seed=seed_of(f"{self.seed}/{self.state.step}/{rounds}"),
-                    keep_experts=self.replay,
-                    version=self.state.run_step,
-                )
-                rounds += 1
-                if preset.same_groups != "refill" or len(asked) >= most:
-                    break
-                missing = stage.prompts - sum(0 < group.passed < 1 for group in asked)
-        return asked, rounds - 1
+            return self.asking.batch(lm, step, version)
 
     def pay(self, asked: Sequence[Group]) -> tuple[Tensor, list[list[Paid]]]:
         """Rewards [P, G], and by group the rollouts that the update learns from."""
@@ -298,6 +299,13 @@ def resolved(stage: RlStage) -> Preset:
     """The stage's preset with what the stage says itself."""
     preset = PRESETS[stage.preset]
     loss = {key: value for key, value in stage.loss.model_dump().items() if value is not None}
+    if stage.lag and stage.temperature != 1:
+        raise RecipeError(
+            f"stage {stage.name}: lag = 1 weighs answers by how likely the sampler found them, and "
+            f"that is known at temperature 1, not {stage.temperature}: set it to 1, or lag to 0"
+        )
+    if stage.lag and preset.loss.importance_cap is None:
+        loss = {"importance_cap": IMPORTANCE_CAP} | loss
     own: dict[str, Any] = {
         "group_size": stage.group,
         "scale": stage.scale,

@@ -11,7 +11,7 @@ import random
 import re
 from typing import Any
 
-from qiusuo.tasks.task import Guard, Problem, take_apart
+from qiusuo.tasks.task import END_THINK, THINK, Guard, Problem, take_apart
 from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rollouts import Group, Rollout
 from qiusuo.training.stages import RlStage
@@ -70,6 +70,7 @@ def well_formed(rollout: Rollout) -> float:
 def language_share(response: str, problem: Problem) -> float:
     """Share of a response's words in the language that its problem is asked in: Han characters
     count as words (R1's language consistency). 1.0 where there are none."""
-    han, latin = len(HAN.findall(response)), len(LATIN_WORD.findall(response))
+    said = response.replace(THINK, " ").replace(END_THINK, " ")  # the marks are of no language
+    han, latin = len(HAN.findall(said)), len(LATIN_WORD.findall(said))
     wanted = han if problem.data.get("language") == "zh" else latin
     return wanted / (han + latin) if han + latin else 1.0
