@@ -14,7 +14,17 @@ MAY_IMPORT = {
     "checkpoint": {"model", "data"},
     "engine": {"model", "kernels", "checkpoint", "data"},
     "evaluation": {"engine", "tasks", "data", "version"},
-    "training": {"tasks", "evaluation", "model", "kernels", "data", "checkpoint", "runs", "engine", "version"},
+    "training": {
+        "tasks",
+        "evaluation",
+        "model",
+        "kernels",
+        "data",
+        "checkpoint",
+        "runs",
+        "engine",
+        "version",
+    },
     "tasks": set(),
     "server": {"model", "data", "checkpoint", "engine", "runs", "version"},
 }

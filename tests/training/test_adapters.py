@@ -23,7 +23,7 @@ from qiusuo.training.lora import LoRA, adaptable
 from qiusuo.training.losses import Losses, Window, language_model_losses, make_window
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.recipe import RecipeError
-from qiusuo.training.stages import OptimizerSection
+from qiusuo.training.sections import OptimizerSection
 from tests.model.shapes import tiny_model
 
 MODELS: dict[str, dict[str, object]] = {

@@ -54,7 +54,6 @@ def test_the_whole_runs_have_had_what_may_be_lost(dead: Path) -> None:
         (0, "teach", "before"),
         (3, "teach", "after"),
         (6, "rl", "after"),
-        (9, "sample", "after"),
         (12, "refine", "after"),
     ]
 

@@ -19,7 +19,7 @@ from qiusuo.training.expert_selection import (
 from qiusuo.training.losses import language_model_losses, make_window
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.recipe import RecipeError
-from qiusuo.training.stages import OptimizerSection
+from qiusuo.training.sections import OptimizerSection
 from tests.model.shapes import tiny_model
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.optimizers import Muon, build_optimizers, orthogonalize
-from qiusuo.training.stages import OptimizerSection
+from qiusuo.training.sections import OptimizerSection
 from tests.model.shapes import tiny_model
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from qiusuo.tasks.task import split_of
 from qiusuo.training.rl.questions import Question, Questions
-from qiusuo.training.stages import CurriculumSection, TaskEntry
+from qiusuo.training.sections import TaskEntry
+from qiusuo.training.stages import CurriculumSection
 from tests.training import tasks
 
 LADDER = TaskEntry(task="parity", difficulties=(8, 9, 10, 12))

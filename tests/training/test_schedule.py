@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qiusuo.training.schedule import learning_rate_share
-from qiusuo.training.stages import ScheduleSection
+from qiusuo.training.sections import ScheduleSection
 
 
 def shares(schedule: ScheduleSection, steps: int) -> list[float]:

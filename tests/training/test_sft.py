@@ -13,6 +13,7 @@ import torch
 
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.engine.loading import load
 from qiusuo.runs.log import read_log
 from qiusuo.tasks.parity import running_parity
 from qiusuo.training.losses import language_model_losses, make_window
@@ -192,3 +193,21 @@ def test_what_was_sampled_is_learnt(taught: Path, tmp_path: Path) -> None:
     steps = [r for r in read_log(run / "log.jsonl") if r["kind"] == "step"]
     assert [r["stage"] for r in steps] == ["sft", "sft"]
     assert steps[0]["loss"] < 1.5  # its own words do not surprise it
+
+
+def test_esft_moves_the_chosen_experts_and_nothing_else(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    assert lives.live(tasks.recipe(tasks.sft(steps=2)), base)
+    chosen = {"kind": "esft", "experts": 0.3}
+    run = tmp_path / "chosen"
+    recipe = tasks.recipe(tasks.sft(), tasks.sft(name="more"), base=base / "model", adapter=chosen)
+    assert lives.live(recipe, run)
+    selection = json.loads((run / "experts.json").read_text())["experts"]
+    before, after = (load(folder).model.state_dict() for folder in (base, run))
+    for name, tensor in before.items():
+        if ".experts." not in name:
+            assert torch.equal(tensor, after[name]), name
+            continue
+        layer = name.split(".layers.")[1].split(".")[0]
+        moved = [e for e in range(len(tensor)) if not torch.equal(tensor[e], after[name][e])]
+        assert sorted(moved) == sorted(selection[layer]), name

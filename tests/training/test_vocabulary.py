@@ -15,7 +15,7 @@ from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.evaluation.asking import Asker
 from qiusuo.training.given_tasks import problem_at, task_of
 from qiusuo.training.recipe import Recipe, RecipeError
-from qiusuo.training.stages import TaskEntry
+from qiusuo.training.sections import TaskEntry
 from qiusuo.training.vocabulary import run_tokenizer
 from tests.training import lives, tasks
 

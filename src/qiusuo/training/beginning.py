@@ -6,13 +6,20 @@ import torch
 
 from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
+from qiusuo.data.example_loader import ExampleLoader
+from qiusuo.data.loader import Loader
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.transformer import Transformer
+from qiusuo.runs.durable import read_json, write_json
+from qiusuo.training.expert_selection import ExpertSelection, SelectedExperts, select_experts
 from qiusuo.training.lora import LoRA
 from qiusuo.training.optimizers import build_optimizers
-from qiusuo.training.recipe import Recipe
+from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.scene import Scene
 from qiusuo.training.state import Feed, StageState
+
+SELECTION = "experts.json"  # in the run folder: which experts esft trains
+SELECTION_BATCHES = 8
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
@@ -43,9 +50,29 @@ def attach_adapter(recipe: Recipe, model: Transformer) -> LoRA | None:
     )
 
 
+def _selection(scene: Scene, feed: Feed, share: float) -> ExpertSelection:
+    """The run's experts to train: chosen once, on the first batches of its first stage."""
+    kept = scene.run.path / SELECTION
+    if kept.exists():
+        return ExpertSelection.from_json(read_json(kept))
+    if not isinstance(feed, ExampleLoader | Loader):
+        raise RecipeError(
+            f"stage {scene.stage.name}: esft chooses experts by what the first stage reads: begin "
+            "with a stage of kind sft or pretrain"
+        )
+    place = feed.state_dict()
+    batches = [next(feed) for _ in range(SELECTION_BATCHES)]
+    feed.load_state_dict(place)
+    selection = select_experts(scene.model, batches, share)
+    write_json(kept, selection.to_json())
+    return selection
+
+
 def stage_state(scene: Scene, feed: Feed) -> StageState:
     """A stage's state before its first step."""
-    stage = scene.stage
+    stage, section = scene.stage, scene.recipe.adapter
+    if section is not None and section.kind == "esft":
+        SelectedExperts(scene.model, _selection(scene, feed, section.experts))
     adapter = () if scene.adapter is None else scene.adapter.parameters()
     optimizers = build_optimizers(scene.model, stage.optimizer, adapter)
     return StageState(scene.model, optimizers, feed, stage.name, stage.steps, adapter=scene.adapter)

@@ -18,7 +18,8 @@ from qiusuo.runs.report import write_report
 from qiusuo.runs.summary import write_summary
 from qiusuo.training.recipe import Recipe
 from qiusuo.training.scene import StageWork
-from qiusuo.training.stages import PretrainStage, SamplesSection, Stage
+from qiusuo.training.sections import SamplesSection
+from qiusuo.training.stages import PretrainStage, Stage
 from qiusuo.training.state import StageState
 from qiusuo.training.validation import Validation
 

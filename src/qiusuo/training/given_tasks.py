@@ -12,7 +12,8 @@ from qiusuo.data.corpora import open_corpus
 from qiusuo.evaluation.asking import Ask
 from qiusuo.tasks.registry import find_task
 from qiusuo.tasks.task import Problem, SplitName, Task, problems
-from qiusuo.training.stages import Stage, TaskEntry
+from qiusuo.training.sections import TaskEntry
+from qiusuo.training.stages import Stage
 
 Stream = list[Problem]
 

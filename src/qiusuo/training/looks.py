@@ -19,9 +19,10 @@ from qiusuo.training.given_tasks import task_of
 from qiusuo.training.losses import language_model_losses, make_window
 from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
+from qiusuo.training.sections import SamplesSection, TaskEntry
 from qiusuo.training.sft import Solutions
 from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
-from qiusuo.training.stages import SamplesSection, Stage, TaskEntry
+from qiusuo.training.stages import Stage
 
 ANSWERS = 512  # known answers whose loss is told, of each task
 ROWS = 32  # of them in one pass

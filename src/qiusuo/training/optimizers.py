@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from qiusuo.training.stages import OptimizerSection
+from qiusuo.training.sections import OptimizerSection
 
 # N matrices, R rows, C columns.
 

@@ -17,16 +17,14 @@ from pydantic.fields import FieldInfo
 
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.families import config_from_recipe
-from qiusuo.training.stages import (
-    STAGES,
+from qiusuo.training.sections import (
     AdapterSection,
     AskSection,
     EvaluationSection,
     Section,
-    Stage,
     TokenizerSection,
-    stage_named,
 )
+from qiusuo.training.stages import STAGES, Stage, stage_named
 
 
 class RecipeError(ValueError):

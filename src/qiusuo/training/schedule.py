@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qiusuo.training.stages import ScheduleSection
+from qiusuo.training.sections import ScheduleSection
 
 
 def learning_rate_share(schedule: ScheduleSection, step: int, steps: int) -> float:

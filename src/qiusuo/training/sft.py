@@ -20,7 +20,9 @@ from qiusuo.tasks.task import SplitName
 from qiusuo.training.beginning import stage_state
 from qiusuo.training.given_tasks import problem_at, task_of
 from qiusuo.training.scene import Scene
-from qiusuo.training.stages import SftSource, SftStage, TaskEntry
+from qiusuo.training.sections import TaskEntry
+from qiusuo.training.seeds import seed_of
+from qiusuo.training.stages import SftSource, SftStage
 from qiusuo.training.supervised import SupervisedSteps
 
 
@@ -43,7 +45,8 @@ class Finetuning(SupervisedSteps):
 def source_of(scene: Scene[Any], source: SftSource) -> ExampleSource:
     """The examples that a recipe names."""
     if source.task is not None:
-        return Solutions(source.task, scene.asker, source.thought_share, scene.recipe.seed)
+        seed = seed_of(f"{scene.recipe.seed}/{scene.stage.name}")  # another stage, other problems
+        return Solutions(source.task, scene.asker, source.thought_share, seed)
     path = source.file or scene.traces_path(source.traces or "")
     return read_dialogues(path, scene.tokenizer)
 

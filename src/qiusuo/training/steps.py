@@ -49,6 +49,10 @@ class Learning(ABC):
         self.device = state.model.lm_head.weight.device
         self.dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
         self.load = ExpertLoad(state.model)
+        # Where the routers are frozen (lora, esft) their biases are too.
+        routers = state.model.routers().values()
+        learn = all(router.weight.requires_grad for router in routers)
+        self.bias_speed = stage.balance.bias_update_speed if learn else 0.0
         self.peak = matmul_peak(self.dtype, self.device.type)
         self.paces: deque[float] = deque(maxlen=PACE_STEPS)
 
@@ -75,9 +79,7 @@ class Learning(ABC):
             state.seconds += seconds
             self.paces.append(seconds)
             self.record(self.log_record(result, seconds))
-            # Beside an adapter the model stays as it is, its router biases too.
-            speed = 0.0 if state.adapter is not None else self.stage.balance.bias_update_speed
-            self.load.update_biases(speed)
+            self.load.update_biases(self.bias_speed)
             if self.stage.minutes is not None and state.step == PACE_STEPS:
                 state.planned = self.plan(self.stage.minutes)
             if self.enough():

@@ -150,7 +150,7 @@ def policy_loss(
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """e^Δ − Δ − 1 with Δ = log π_ref − log π: never negative, and KL(π‖π_ref) on average."""
     delta = reference - logprobs
-    return delta.exp() - delta - 1
+    return delta.expm1() - delta
 
 
 def add_measures(parts: Iterable[PolicyMeasures]) -> PolicyMeasures:

@@ -12,7 +12,8 @@ from typing import Any
 
 from qiusuo.tasks.task import Problem, Task
 from qiusuo.training.given_tasks import problem_at, task_of
-from qiusuo.training.stages import CurriculumSection, TaskEntry
+from qiusuo.training.sections import TaskEntry
+from qiusuo.training.stages import CurriculumSection
 
 
 @dataclass(frozen=True)
