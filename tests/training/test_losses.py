@@ -10,7 +10,7 @@ from torch import Tensor
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.balance import sequence_balance_loss
-from qiusuo.training.losses import Window, language_model_losses, make_window
+from qiusuo.training.losses import Window, language_model_losses, make_window, with_gaps
 from tests.model.shapes import tiny_model
 
 LENGTH = 6
@@ -123,3 +123,33 @@ def test_an_isolated_document_is_predicted_as_if_alone() -> None:
         states.append((losses.main_states[:, 3:], losses.mtp_states[0][:, 3:]))
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_gaps_spread_positions_and_change_nothing_else() -> None:
+    documents_BS = torch.tensor([[0] * 20 + [1] * 20, [0] * 30 + [-1] * 10])
+    tokens_BS = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(1))
+    window = make_window(tokens_BS, documents_BS, documents_BS >= 0, 1, True)
+    spread, again, other = (with_gaps(window, documents_BS, 1.5, seed) for seed in (7, 7, 8))
+    steps_BT = spread.positions_BT.diff(dim=1)
+    assert spread.positions_BT.shape == window.inputs.shape
+    assert int(steps_BT.min()) == 1 and int(steps_BT.max()) > 2
+    assert torch.equal(spread.positions_BT, again.positions_BT)
+    assert not torch.equal(spread.positions_BT, other.positions_BT)
+    assert spread.tokens_BS is window.tokens_BS and spread.labels is window.labels
+    # Rates are a document's own: up to 1.5 skipped a token, 0.75 on average over many.
+    many_BS = torch.arange(400)[:, None].expand(400, 41) * 0
+    many = make_window(torch.zeros(400, 41, dtype=torch.long), many_BS, many_BS == 0, 0, True)
+    rates_B = with_gaps(many, many_BS, 1.5, 3).positions_BT.diff(dim=1).float().mean(1) - 1
+    assert 0.65 < float(rates_B.mean()) < 0.85
+    assert float(rates_B.min()) < 0.2 and float(rates_B.max()) > 1.2
+
+
+def test_losses_see_the_positions() -> None:
+    model = tiny_model()
+    window = make_window(*batch(model.config.num_nextn_predict_layers), 1, isolate=True)
+    length = window.inputs.shape[1]
+    plain = torch.arange(length).expand(len(window.inputs), length)
+    same = language_model_losses(model, window._replace(positions_BT=plain)).main
+    far = language_model_losses(model, window._replace(positions_BT=3 * plain)).main
+    assert torch.equal(same, language_model_losses(model, window).main)
+    assert not torch.equal(same, far)

@@ -17,6 +17,7 @@ from typing import Any
 from qiusuo.runs.durable import RunError, read_json, write_text
 from qiusuo.runs.facts import RunFacts, read_facts
 from qiusuo.runs.outcomes import accuracy_words, other_words
+from qiusuo.runs.rollouts import read_rollouts
 from qiusuo.runs.summary import find_fact
 from qiusuo.runs.words import format_duration, format_fact, format_large
 
@@ -84,7 +85,7 @@ def _card(facts: RunFacts, config: dict[str, Any], parameters: Any, load: str) -
         _front_matter(facts, config),
         f"# {_plain(facts.title)}\n\n{_plain(facts.paragraph())}",
         _section("Model", _table(_model_rows(facts, config, parameters))),
-        _section("Use", _use(load)),
+        _section("Use", _use(load, facts)),
         _section("Results", _results(facts)),
         _section("Data and licences", _data(facts)),
         _section("Limits", _limits(facts)),
@@ -126,13 +127,26 @@ def _model_rows(facts: RunFacts, config: dict[str, Any], parameters: Any) -> lis
     return rows
 
 
-def _use(load: str) -> str:
-    return f"""```python
-import qiusuo
+def _use(load: str, facts: RunFacts) -> str:
+    """How to ask it: a model of tasks in a chat, with a problem that it has met."""
+    lines = ["import qiusuo", "", f"lm = qiusuo.load({json.dumps(load, ensure_ascii=False)})"]
+    if any(record.get("tasks") for record in facts.records):
+        thinking = bool(facts.recipe.get("ask", {}).get("thinking", True))
+        asked = [{"role": "user", "content": _problem(facts.path)}]
+        words = json.dumps(asked, ensure_ascii=False)
+        lines += [
+            f"answer = lm.chat({words}, thinking={thinking})",
+            "print(answer.reasoning_content, answer.content)",
+        ]
+    else:
+        lines.append('print(lm.generate(["..."], max_tokens=64)[0].text)')
+    return "\n".join(["```python", *lines, "```"])
 
-lm = qiusuo.load({json.dumps(load, ensure_ascii=False)})
-print(lm.generate(["..."], max_tokens=64)[0].text)
-```"""
+
+def _problem(run: Path) -> str:
+    kept = run / "rollouts.jsonl"
+    found = read_rollouts(kept, right=True, most=1).rollouts if kept.is_file() else []
+    return str(found[0]["prompt"]) if found else "..."
 
 
 def _results(facts: RunFacts) -> str:

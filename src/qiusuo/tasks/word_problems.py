@@ -50,7 +50,7 @@ Worked = tuple[int, str, int, int]  # left, operation, right, result
 
 
 class WordProblems(Task):
-    """Difficulty is the number of steps, 1 or 2; chance says whether in English or Chinese."""
+    """Difficulty is the number of steps, 1 or 2; chance says in which of ``languages``."""
 
     name: ClassVar[str] = "word-problems"
     description: ClassVar[str] = "Short stories with numbers, in English and Chinese."
@@ -63,6 +63,12 @@ class WordProblems(Task):
         )
     )
 
+    def __init__(self, languages: Sequence[str] = LANGUAGES) -> None:
+        if not languages or not set(languages) <= set(LANGUAGES):
+            known = " and ".join(LANGUAGES)
+            raise TaskError(f"{self.name!r} is told in {known}, not {list(languages)}")
+        self.languages = tuple(languages)
+
     def problem(self, difficulty: int, chance: random.Random) -> Problem:
         self.check_difficulty(difficulty)
         story = chance.choice([story for story in STORIES if len(story.sums) == difficulty])
@@ -73,7 +79,7 @@ class WordProblems(Task):
             "numbers": numbers,
             "names": [name, other],
             "thing": chance.randrange(len(THINGS)),
-            "language": chance.choice(LANGUAGES),
+            "language": chance.choice(self.languages),
             "answer": _worked(story, numbers)[-1][-1],
         }
         return self._told(data)

@@ -22,11 +22,12 @@ from qiusuo.training.balance import sequence_balance_loss
 
 class Window(NamedTuple):
     """A batch as the losses want it. ``labels[k]`` [B, T]: the token k+1 ahead of each input, or
-    IGNORE where there is none to predict."""
+    IGNORE where there is none to predict. ``positions``: None counts from 0."""
 
     tokens_BS: Tensor
     labels: list[Tensor]
     mask_BTT: Tensor | None
+    positions_BT: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -67,18 +68,31 @@ def make_window(
     return Window(tokens_BS, labels, mask_BTT)
 
 
+def with_gaps(window: Window, documents_BS: Tensor, most: float, seed: int) -> Window:
+    """Positions that skip: each document draws a rate from 0 to ``most``, and before each token so
+    many positions are left out on average. Distances between tokens then vary as they do in longer
+    texts, so what is learnt on short ones need not lean on them (randomised positional encodings,
+    arXiv:2305.16843)."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs_BT = documents_BS[:, : window.inputs.shape[1]].cpu().long() + 1  # padding is -1
+    rate_BD = most * torch.rand(len(inputs_BT), int(inputs_BT.max()) + 1, generator=generator)
+    gaps_BT = torch.poisson(rate_BD.gather(1, inputs_BT), generator=generator).long()
+    positions_BT = (1 + gaps_BT).cumsum(1) - 1
+    return window._replace(positions_BT=positions_BT.to(documents_BS.device))
+
+
 def language_model_losses(model: Transformer, window: Window) -> Losses:
     """Forward pass and every loss of one micro-batch."""
     head_WD = model.lm_head.weight
     inputs_BT = window.inputs
     sequences, length = inputs_BT.shape
-    hidden = model(inputs_BT, mask_BTS=window.mask_BTT)
+    hidden = model(inputs_BT, window.positions_BT, window.mask_BTT)
     routings = dict(hidden.routings)
     main = chunked_cross_entropy(hidden.x_BTD.flatten(0, 1), head_WD, window.labels[0].flatten())
     mtp: list[Tensor] = []
     mtp_states: list[Tensor] = []
     x_BTD = hidden.x_BTD
-    context = model.context(inputs_BT, mask_BTS=window.mask_BTT)
+    context = model.context(inputs_BT, window.positions_BT, window.mask_BTT)
     for depth in range(model.config.num_nextn_predict_layers):
         next_BT = window.tokens_BS[:, depth + 1 : depth + 1 + length]
         ahead = model.predict_ahead(x_BTD, next_BT, depth, context)

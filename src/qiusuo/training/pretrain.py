@@ -30,7 +30,8 @@ class Pretraining(SupervisedSteps):
             seed=recipe.seed,
         )
         state = stage_state(scene, feed)
-        super().__init__(stage, state, scene.record, stage.data.isolate_documents)
+        isolate = stage.data.isolate_documents
+        super().__init__(stage, state, scene.record, isolate, recipe.seed)
         self.last_validation: Validation | None = None
 
     def look(self, whole: bool) -> Iterator[dict[str, Any]]:

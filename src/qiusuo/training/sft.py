@@ -39,7 +39,8 @@ class Finetuning(SupervisedSteps):
             seed=scene.recipe.seed,
             pad_id=scene.tokenizer.pad_id or 0,
         )
-        super().__init__(stage, stage_state(scene, feed), scene.record, isolate=True)
+        state = stage_state(scene, feed)
+        super().__init__(stage, state, scene.record, True, scene.recipe.seed)
 
 
 def source_of(scene: Scene[Any], source: SftSource) -> ExampleSource:

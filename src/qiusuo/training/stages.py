@@ -62,12 +62,15 @@ class LearningStage(Section):
 
 
 class SupervisedStage(LearningStage):
-    """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass."""
+    """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass.
+    ``position_gaps``: so many positions are skipped between tokens, at most on average, for what is
+    to work on longer texts than these (losses.with_gaps)."""
 
     sequence_length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     compile: bool = False
+    position_gaps: float = Field(0.0, ge=0)
     mtp_weight: float = Field(0.3, ge=0)
 
     @model_validator(mode="after")

@@ -11,23 +11,30 @@ from torch import Tensor
 from qiusuo.data.batch import Batch
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.cost import measure
-from qiusuo.training.losses import Window, language_model_losses, make_window
+from qiusuo.training.losses import Window, language_model_losses, make_window, with_gaps
 from qiusuo.training.scene import Record
+from qiusuo.training.seeds import seed_of
 from qiusuo.training.stages import SupervisedStage
 from qiusuo.training.state import StageState
 from qiusuo.training.steps import Learning, StepResult
 
 
 class SupervisedSteps(Learning):
-    """``isolate``: documents of a row neither see nor predict each other."""
+    """``isolate``: documents of a row neither see nor predict each other. ``seed``: of what a step
+    draws by itself."""
 
     stage: SupervisedStage
 
     def __init__(
-        self, stage: SupervisedStage, state: StageState, record: Record, isolate: bool
+        self,
+        stage: SupervisedStage,
+        state: StageState,
+        record: Record,
+        isolate: bool,
+        seed: int = 0,
     ) -> None:
         super().__init__(stage, state, record)
-        self.isolate = isolate
+        self.isolate, self.gaps_seed = isolate, f"{seed}/{stage.name}"
         self.forward = language_model_losses
         if stage.compile:
             self.forward = torch.compile(language_model_losses, dynamic=False)
@@ -71,17 +78,19 @@ class SupervisedSteps(Learning):
         stage = self.stage
         size = stage.micro_batch_size or stage.batch_size
         depth = self.state.model.config.num_nextn_predict_layers
+        gaps = stage.position_gaps
 
         def rows(x_BS: Tensor, start: int) -> Tensor:
             return x_BS[start : start + size].to(self.device)
 
-        return [
-            make_window(
-                rows(batch.tokens_BS, start),
-                rows(batch.documents_BS, start),
-                rows(batch.valid_BS, start),
-                depth,
-                self.isolate,
+        windows = []
+        for start in range(0, stage.batch_size, size):
+            tokens_BS, documents_BS, valid_BS = (
+                rows(part, start) for part in (batch.tokens_BS, batch.documents_BS, batch.valid_BS)
             )
-            for start in range(0, stage.batch_size, size)
-        ]
+            window = make_window(tokens_BS, documents_BS, valid_BS, depth, self.isolate)
+            if gaps:
+                seed = seed_of(f"{self.gaps_seed}/{self.state.step}/{start}")
+                window = with_gaps(window, documents_BS, gaps, seed)
+            windows.append(window)
+        return windows
