@@ -15,6 +15,7 @@ from qiusuo.evaluation.answers import ANSWERS_AT_ONCE, ModelAnswerer
 from qiusuo.evaluation.evaluate import Score, evaluate
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.transformer import Transformer
+from qiusuo.tasks.task import END_THINK
 from qiusuo.training.given_tasks import task_of
 from qiusuo.training.losses import language_model_losses, make_window
 from qiusuo.training.recipe import RecipeError
@@ -98,7 +99,8 @@ class TaskLook:
         pad, model = self.scene.tokenizer.pad_id or 0, self.scene.model
         depth = model.config.num_nextn_predict_layers
         for entry in self.settings.answers:
-            source = Solutions(entry, self.scene.asker, 1.0, 0, "test")
+            thoughts = float(self.scene.asker.opened != END_THINK)
+            source = Solutions(entry, self.scene.asker, thoughts, 0, "test")
             examples = [source.example(index) for index in range(ANSWERS)]
             examples.sort(key=lambda example: len(example.tokens))
             for start in range(0, ANSWERS, ROWS):
