@@ -29,7 +29,7 @@ $(VENV)/bin/python:
 # The stamps hold what was installed: another pyproject or constraints installs again.
 $(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing Qiusuo into $(VENV) (once; torch is large)"
-	$(PIP) -e '.[report,serve,constrain]'
+	$(PIP) -e '.[report,serve,constrain,tasks]'
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt

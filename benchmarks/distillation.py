@@ -32,6 +32,7 @@ from qiusuo.evaluation.answers import ModelAnswerer
 from qiusuo.evaluation.asking import Asker
 from qiusuo.evaluation.evaluate import evaluate
 from qiusuo.model.cost import measure
+from qiusuo.runs.summary import read_summary
 from qiusuo.tasks.registry import find_task
 
 DIFFICULTIES = [4, 5]
@@ -82,7 +83,7 @@ def main() -> None:
     )
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--minutes", type=float, default=1.5, help="of training, each way")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--problems", type=int, default=400, help="held out, to be judged by")
     parser.add_argument("--answers", type=int, default=6000, help="of the teacher")
     parser.add_argument("--seed", type=int, default=1)
@@ -108,6 +109,7 @@ def teach(teacher: Path, place: Path, options: argparse.Namespace) -> dict[str, 
     run = place / "teaching"
     stages = f"""
 name = "teaching"
+license = "mit"
 base = "{teacher}"
 [[stages]]
 kind = "sample"
@@ -201,11 +203,7 @@ def live(run: Path, recipe: str, seed: int) -> None:
 
 def seconds(run: Path) -> float:
     """Of training steps, in all stages."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return max(
-        sum(one.get("rollout_seconds", 0.0) for one in log if one["kind"] == "rollout"),
-        max((one["seconds"] for one in log if one["kind"] == "step"), default=0.0),
-    )
+    return float(read_summary(run)["Training time"]["value"])
 
 
 def judge(model: Path, problems: int) -> dict[str, Any]:

@@ -91,3 +91,33 @@ def test_text_cannot_break_the_card(tmp_path: Path) -> None:
     assert "# a --- # &lt;b>\\|x\\|\\*\n" in card
     assert "| A \\| B | c \\| d |" in card
     assert "- only poems" in card
+
+
+@pytest.mark.parametrize("data", [[], None])
+def test_no_data_is_said_to_be_unsaid(
+    make: Callable[..., Path], tmp_path: Path, data: object
+) -> None:
+    run = make(tmp_path / "run", steps=2)
+    write_summary(run, {"Base": "smollm2 (Apache-2.0)", "Data": data})
+    card = write_model_card(run, run / "model").read_text(encoding="utf-8")
+    _, _, about = card.partition("## Data and licences")
+    assert about.strip().startswith("The run folder does not say what data")
+    assert "- Begun with the weights of smollm2 (Apache-2.0)." in about
+    assert card.count("smollm2") == 1  # and not among the results
+
+
+def test_the_snippet_asks_as_the_model_was_asked(make: Callable[..., Path], tmp_path: Path) -> None:
+    run = make(tmp_path / "run", steps=2)
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"kind": "validation", "step": 2, "tasks": {"sums/1": {"accuracy": 1.0}}}\n')
+    kept = {"step": 1, "prompt": "What is 1+1?", "right": True, "reward": 1.5, "response": "2"}
+    (run / "rollouts.jsonl").write_text(json.dumps(kept) + "\n")
+    recipe = (run / "recipe.toml").read_text(encoding="utf-8")
+    turn = '{"role": "user", "content": "What is 1+1?"}'
+    for said, messages in (
+        ("", f"[{turn}]"),
+        ('system = "Think."', f'[{{"role": "system", "content": "Think."}}, {turn}]'),
+    ):
+        (run / "recipe.toml").write_text(f"{recipe}\n[ask]\n{said}\n", encoding="utf-8")
+        card = write_model_card(run, run / "model").read_text(encoding="utf-8")
+        assert f"lm.chat({messages}, thinking=True)" in card

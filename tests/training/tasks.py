@@ -68,7 +68,7 @@ def sample(**changes: Any) -> dict[str, Any]:
 def table(*stages: dict[str, Any], base: Path | None = None, **top: Any) -> dict[str, Any]:
     start: dict[str, Any] = {"tokenizer": {"kind": "characters"}, "model": MODEL}
     if base is not None:
-        start = {"base": str(base)}
+        start = {"base": str(base), "license": "mit"}
     whole = {"name": "tries", "save_dtype": "float32", **start, **top, "stages": list(stages)}
     return copy.deepcopy(whole)
 

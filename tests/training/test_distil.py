@@ -413,6 +413,7 @@ def test_a_step_is_the_gradient_of_the_weighted_divergences(taught: Path, tmp_pa
                 total = total + weight * (q_NW.exp() * (q_NW - p_NW)).sum()
     (total / tokens).backward()
     work.ask = lambda: groups  # type: ignore[method-assign]
+    work.rollouts.truncate_after(0)  # those of the run above
     result, found = gradients_of(work)
     assert result.tokens == tokens
     assert result.loss == pytest.approx((total / tokens).item(), rel=1e-4)
@@ -453,6 +454,18 @@ def test_every_task_has_a_teacher(taught: Path) -> None:
         parse_recipe(tasks.table(stage))
     with pytest.raises(RecipeError, match="sums is no task of the stage"):
         parse_recipe(tasks.table(on_policy({"model": "x"}, {"model": "y", "tasks": ["sums"]})))
+
+
+def test_a_task_of_a_file_is_known_by_its_path(taught: Path, tmp_path: Path) -> None:
+    novel = str(tasks.NOVEL["task"])
+    teachers = [{"model": str(taught), "tasks": [name]} for name in (novel, "parity")]
+    entries = [tasks.NOVEL, tasks.PARITY]
+    recipe = student(taught, on_policy(*teachers, tasks=entries, steps=2, prompts=6))
+    assert lives.live(recipe, tmp_path / "run")
+    tries = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"] == "rollout"]
+    told = {name: value for record in tries for name, value in record["divergence"].items()}
+    assert len({name.partition("/")[0] for name in told}) == 2
+    assert min(told.values()) > 0
 
 
 # -- teachers -------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from qiusuo.model.cost import measure
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.runs.summary import read_summary
+from qiusuo.training.finish import facts
 from qiusuo.training.recipe import RecipeError, parse_recipe
-from tests.training import lives
+from qiusuo.training.sample import Sampling
+from tests.training import lives, tasks
 
 
 def test_the_run_folder_has_everything(undisturbed: Path) -> None:
@@ -192,6 +194,20 @@ def test_two_stages_share_one_tokenizer_and_one_card(tmp_path: Path) -> None:
     assert lives.steps_done(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7]
     named = [entry["name"] for entry in read_summary(tmp_path / "run")["Data"]]
     assert named == ["first", "second"]
+
+
+def test_what_a_card_needs_of_data_and_licences(taught: Path, corpus: Path, tmp_path: Path) -> None:
+    """Corpora that problems are made of too, those of the looks as well."""
+    poems = lives.write_corpus(tmp_path / "poems.jsonl", documents=1)
+    entries = [tasks.PARITY | {"corpus": str(path)} for path in (poems, corpus)]
+    stages = tasks.sample(tasks=[tasks.PARITY]), tasks.sft(sources=[{"task": entries[0]}])
+    recipe = tasks.recipe(*stages, base=taught, evaluation={"tasks": entries})
+    table = facts(recipe, Sampling(lives.scene_of(recipe, tmp_path / "run")).state, None)
+    assert [entry["source"] for entry in table["Data"]] == [str(poems), str(corpus)]
+    assert table["Base"] == str(taught)
+    pulled = recipe.model_copy(update={"base": "smollm2"})
+    table = facts(pulled, Sampling(lives.scene_of(recipe, tmp_path / "other")).state, None)
+    assert table["Base"] == "smollm2 (Apache-2.0)"
 
 
 def test_a_prompt_over_the_context_is_refused_before_the_first_step(

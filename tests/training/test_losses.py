@@ -132,16 +132,19 @@ def test_gaps_spread_positions_and_change_nothing_else() -> None:
     spread, again, other = (with_gaps(window, documents_BS, 1.5, seed) for seed in (7, 7, 8))
     steps_BT = spread.positions_BT.diff(dim=1)
     assert spread.positions_BT.shape == window.inputs.shape
-    assert int(steps_BT.min()) == 1 and int(steps_BT.max()) > 2
+    assert int(steps_BT.min()) == 1
+    assert int(steps_BT.max()) > 2
     assert torch.equal(spread.positions_BT, again.positions_BT)
     assert not torch.equal(spread.positions_BT, other.positions_BT)
-    assert spread.tokens_BS is window.tokens_BS and spread.labels is window.labels
+    assert spread.tokens_BS is window.tokens_BS
+    assert spread.labels is window.labels
     # Rates are a document's own: up to 1.5 skipped a token, 0.75 on average over many.
     many_BS = torch.arange(400)[:, None].expand(400, 41) * 0
     many = make_window(torch.zeros(400, 41, dtype=torch.long), many_BS, many_BS == 0, 0, True)
     rates_B = with_gaps(many, many_BS, 1.5, 3).positions_BT.diff(dim=1).float().mean(1) - 1
     assert 0.65 < float(rates_B.mean()) < 0.85
-    assert float(rates_B.min()) < 0.2 and float(rates_B.max()) > 1.2
+    assert float(rates_B.min()) < 0.2
+    assert float(rates_B.max()) > 1.2
 
 
 def test_losses_see_the_positions() -> None:

@@ -19,7 +19,7 @@ from qiusuo.runs.log import read_log
 from qiusuo.training import steps
 from qiusuo.training.losses import language_model_losses, make_window
 from qiusuo.training.pretrain import Pretraining
-from qiusuo.training.recipe import parse_recipe
+from qiusuo.training.recipe import RecipeError, parse_recipe
 from qiusuo.training.scene import TrainingError
 from qiusuo.training.stages import PretrainStage
 from tests.training import lives
@@ -316,6 +316,17 @@ def test_stages_follow_each_other_whatever_interrupts(
             assert lives.go_on(tmp_path / "again")
     assert stages_of(tmp_path / "again") == names
     lives.assert_same_life(tmp_path / "again", tmp_path / "whole")
+
+
+def test_a_stage_waits_for_the_one_before(two_stages: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="stage second goes on from pretrain, which this run has"):
+        lives.live(two_stages, tmp_path / "run", only_stage="second")
+    with pytest.MonkeyPatch.context() as patch:
+        lives.interrupt_at(patch, 2)
+        assert not lives.live(two_stages, tmp_path / "run")
+    with pytest.raises(RecipeError, match="leave --stage out, or live that one first"):
+        lives.go_on(tmp_path / "run", only_stage="second")
+    assert lives.state_of(tmp_path / "run") == "interrupted"
 
 
 def test_stages_one_at_a_time(two_stages: Any, tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ def test_a_seed_names_its_problems() -> None:
     assert len(set(first)) > 35  # not one and the same
 
 
+def test_entries_of_one_task_have_problems_of_their_own() -> None:
+    twice = questions(CHAINS, CHAINS).take(60)
+    streams = [[q.problem.key for q in twice if q.entry == entry] for entry in (0, 1)]
+    assert streams[0][:10] != streams[1][:10]
+    alone = [question.problem.key for question in questions(CHAINS).take(len(streams[0]))]
+    assert streams[0] == alone  # the first entry's are what they are by itself
+    both = questions(LADDER, LADDER, CHAINS, start=9)
+    assert both.hardest() == {"parity_1": 9, "parity_2": 9, "chains": 3}
+    assert [both.mark(number) for number in range(3)] == ["_1", "_2", ""]
+
+
 def test_only_training_problems_are_asked() -> None:
     assert {split_of(q.problem.key) for q in questions(LADDER, CHAINS).take(200)} == {"train"}
 

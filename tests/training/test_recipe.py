@@ -38,7 +38,8 @@ def refused(table: dict[str, Any]) -> str:
 @pytest.mark.parametrize("name", recipes.built_in_recipes())
 def test_built_in_recipes_parse(name: str) -> None:
     recipe = read_recipe(name)
-    assert recipe.name == name and recipe.stages
+    assert recipe.name == name
+    assert recipe.stages
     if recipe.base is None:
         assert isinstance(recipe.model_for(recipe.tokenizer.vocab_size), ModelConfig)
 

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from qiusuo.checkpoint.adapter_files import read_adapter
 from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.runs.log import read_log
 from qiusuo.runs.rollouts import read_rollouts
 from qiusuo.training.lora import LoRA
+from qiusuo.training.recipe import RecipeError
 from qiusuo.training.rl import asking
 from qiusuo.training.rl.policy_presets import PRESETS
+from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.reinforce import Reinforcement, resolved
 from qiusuo.training.rl.rollouts import Group
 from qiusuo.training.stages import RlStage
@@ -59,14 +62,21 @@ def test_what_the_stage_says_goes_before_the_preset() -> None:
     assert found.loss.aggregation == "sequence"  # of R1 still
 
 
+@pytest.mark.parametrize("key", ["importance_cap", "drop_beyond"])
+def test_what_the_sampler_found_is_known_at_temperature_one(key: str) -> None:
+    assert getattr(resolved(stage_of(loss={key: 2.0})).loss, key) == 2.0
+    with pytest.raises(RecipeError, match=rf"loss\.{key} ask.*temperature 1, not 0\.5"):
+        resolved(stage_of(loss={key: 2.0}, temperature=0.5))
+
+
 # What is learnt from
 
 
 def paid_of(work: Reinforcement, groups: list[Group]) -> tuple[list[list[float]], list[Any]]:
     work.questions.drawn += len(groups)
-    rewards_PG, paid = work.pay(groups)
-    told = [[(one.advantage, one.counted) for one in group] for group in paid]
-    return rewards_PG.tolist(), told
+    pay = work.pay(groups)
+    told = [[(one.advantage, one.counted) for one in group] for group in pay.paid]
+    return pay.rewards_PG.tolist(), told
 
 
 MIXED, RIGHT, WRONG = [1.0, 0.0, 0.0, 0.0], [1.0] * 4, [0.0] * 4
@@ -175,8 +185,7 @@ def test_a_step_that_teaches_nothing_moves_nothing(
     work = trying(optimizer={"weight_decay": 0.5}, **changes)
     work.one_step()
     before = {name: value.clone() for name, value in work.state.model.state_dict().items()}
-    _, paid = work.pay([tasks.group(RIGHT)])
-    result, measures, _ = work.learn(paid)
+    result, measures, _ = work.learn(work.pay([tasks.group(RIGHT)]).paid)
     assert (result.loss, result.grad_norm, result.tokens, measures) == (0.0, 0.0, 0, None)
     for name, value in work.state.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -234,8 +243,38 @@ def test_some_rollouts_are_kept_to_be_read(lived: Path) -> None:
         assert one["prompt"].endswith("=")
         assert one["response"].startswith("<think>")
         assert one["reward"] in (0, 1)
-        assert (one["reason"] == "right") == (one["reward"] == 1)
+        assert (one["reason"] == "right") == (one["reward"] == 1) == one["right"]
+    for step in (1, 2, 3, 4):  # in turn while there are both
+        right = sum(one["right"] for one in kept if one["step"] == step)
+        [rate] = [r["pass_at_1"] for r in of_kind(lived, "rollout") if r["step"] == step]
+        assert min(2, round(12 * rate)) <= right <= max(3, 5 - round(12 * (1 - rate)))
     assert len({one["prompt"] for one in kept if one["step"] == 1}) > 1  # not of one group alone
+
+
+def test_what_is_told_is_what_was_paid_and_asked(
+    trying: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more paid than the verifier's reward: answers all right, one of them cut off."""
+    stage = {"overlong": "soft", "overlong_margin": 5, "prompts": 1, "temperature": 0.5}
+    work = trying(top={"ask": {"text": "question"}}, same_groups="keep", **stage)
+
+    def scripted(lm: Any, asker: Any, questions: Any, **how: Any) -> list[Group]:
+        rollouts = [tasks.rollout(1.0, tokens=length, finished=length < 12) for length in (3, 12)]
+        return [Group(question, rollouts * 2) for question in questions]
+
+    monkeypatch.setattr(asking, "roll_out", scripted)
+    work.one_step()
+    [told] = [r for r in work.record.__self__ if r["kind"] == "rollout"]
+    assert told["pass_at_1"] == 1
+    assert told["zero_variance_share"] == 0
+    assert told["reward"] == 0.5
+    assert not told.keys() & {"mismatch_kl", "mismatch_max", "importance_weight"}
+    work.close()
+    kept = read_rollouts(work.scene.run.path / "rollouts.jsonl").rollouts
+    assert [(one["reward"], one["right"]) for one in kept] == [(1, True), (0, True)] * 2
+    problem = Questions(work.stage.tasks, None, work.seed).take(1)[0].problem
+    assert problem.question != problem.prompt
+    assert {one["prompt"] for one in kept} == {problem.question}
 
 
 def test_a_stage_that_has_reached_its_goal_ends(taught: Path, tmp_path: Path) -> None:
@@ -297,6 +336,11 @@ def test_a_finished_model_has_the_adapter_inside(taught: Path, worn: Path) -> No
     plain = {name: value.clone() for name, value in base.state_dict().items()}
     adapter = LoRA(base, torch.Generator().manual_seed(1), rank=2, alpha=4.0)
     adapter.load_state_dict(torch.load(lives.last_checkpoint(worn) / "state.pt")["adapter"])
+    beside = load_model(open_checkpoint(taught), dtype=torch.float32)
+    stored = LoRA.load(beside, worn / "adapter").state_dict()
+    for name, matrix in adapter.state_dict().items():
+        assert torch.equal(stored[name], matrix), name
+    assert read_adapter(worn / "adapter").base == str(taught)
     expected = plain | adapter.merged_weights()
     assert any(not torch.equal(expected[name], plain[name]) for name in plain)
     found = load_model(open_checkpoint(worn / "model"), dtype=torch.float32).state_dict()

@@ -197,7 +197,7 @@ def test_later_updates_are_measured_from_where_the_first_began(
 
     monkeypatch.setattr(reinforce, "policy_loss", spy)
     asked, _ = work.ask()
-    _, paid = work.pay(asked)
+    paid = work.pay(asked).paid
     with torch.no_grad():
         before = {id(one): naive(work, one.rollout) for group in paid for one in group}
     work.learn(paid)

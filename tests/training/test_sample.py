@@ -11,6 +11,7 @@ import pytest
 from qiusuo.data.dialogues import read_dialogues
 from qiusuo.runs.log import read_log
 from qiusuo.tasks.parity import running_parity
+from qiusuo.training.recipe import RecipeError
 from qiusuo.training.rl.rollouts import Group
 from qiusuo.training.sample import Sampling
 from tests.training import lives, tasks
@@ -90,6 +91,43 @@ def test_traces_read_back_as_the_tokens_that_were_sampled(taught: Path, tmp_path
     [first] = [one for g in groups for one in g.rollouts
                if [*one.prompt, *one.answer] == read.example(0).tokens][:1]  # fmt: skip
     assert read.example(0).counted == [False] * len(first.prompt) + [True] * len(first.answer)
+
+
+def test_what_a_killed_run_wrote_is_not_counted(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = sampling(taught, tmp_path / "run", count=8, batch=4)
+    work.path.parent.mkdir()
+    work.path.write_bytes(b"x" * 500)
+    lines, lengths = work.lines, []
+
+    def nothing_at_first(group: Group) -> list[str]:
+        return lines(group) if work.state.step else []
+
+    def look() -> bool:
+        lengths.append((work.bytes, work.path.stat().st_size))
+        return False
+
+    monkeypatch.setattr(work, "lines", nothing_at_first)
+    work.run(look)
+    assert lengths[0] == (0, 0)
+    assert lengths[1][0] == lengths[1][1] > 0
+    assert all(json.loads(line) for line in work.path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("learner", ["sft", "teach"])
+def test_a_stage_that_kept_nothing_is_told_of(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learner: str
+) -> None:
+    sources = [{"traces": "sample"}]
+    learning = {
+        "sft": tasks.sft(sources=sources),
+        "teach": {"kind": "teach", "sources": sources, "count": 5},
+    }
+    monkeypatch.setattr(Sampling, "lines", lambda self, group: [])
+    recipe = tasks.recipe(tasks.sample(), learning[learner], base=taught)
+    with pytest.raises(RecipeError, match=f"stage {learner}: stage sample kept nothing: give"):
+        lives.live(recipe, tmp_path / "run")
 
 
 def test_a_whole_stage(taught: Path, tmp_path: Path) -> None:

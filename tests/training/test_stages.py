@@ -12,6 +12,7 @@ from qiusuo.runs.folder import read_recipe as read_resolved
 from qiusuo.tasks.task import TaskError
 from qiusuo.training import stages
 from qiusuo.training.recipe import RecipeError, parse_recipe
+from qiusuo.training.sections import AdapterSection
 from qiusuo.training.train import start_run
 from tests.training import lives, tasks
 
@@ -188,14 +189,17 @@ def test_a_model_or_a_base_and_not_both() -> None:
 def test_a_base_has_its_own_tokenizer() -> None:
     table = tasks.table(tasks.sft(), base=Path("somewhere"))
     assert parse_recipe(copy.deepcopy(table)).base == "somewhere"
-    table["tokenizer"] = {"kind": "characters"}
+    del table["license"]
+    with pytest.raises(RecipeError, match="give license: with base it is the one that somewhere"):
+        parse_recipe(table)
+    table |= {"license": "mit", "tokenizer": {"kind": "characters"}}
     with pytest.raises(RecipeError, match=r"base has its own tokenizer"):
         parse_recipe(table)
 
 
 def test_adapters() -> None:
     recipe = tasks.recipe(tasks.sft(), adapter={})
-    assert recipe.adapter == stages.AdapterSection(kind="lora", rank=16, alpha=32.0)
+    assert recipe.adapter == AdapterSection(kind="lora", rank=16, alpha=32.0)
     assert tasks.recipe(tasks.sft()).adapter is None
     assert "adapter.rank" in refused(tasks.sft(), adapter={"rank": 0})
     assert "adapter.kind" in refused(tasks.sft(), adapter={"kind": "dora"})

@@ -29,6 +29,11 @@ PROBES = ("1+1=2?", " ?\n", "\n\n? <", "\t?")  # what a template might trim or e
 PROBE_TOKENS = 64  # at the end of a prompt; a vocabulary without the marks spells them out
 
 
+def text_of(problem: Problem, ask: Ask) -> str:
+    """What the user says to ask it."""
+    return problem.prompt if ask == "prompt" else problem.question
+
+
 @dataclass(frozen=True)
 class Asker:
     """`ask`: which text of a problem is the user's message. `thinking` asks the template for a
@@ -48,11 +53,15 @@ class Asker:
 
     def messages(self, problem: Problem) -> list[Message]:
         """The conversation, up to the user's message."""
-        return self._turns(problem.prompt if self.ask == "prompt" else problem.question)
+        return self._turns(self.text(problem))
+
+    def text(self, problem: Problem) -> str:
+        """The user's message."""
+        return text_of(problem, self.ask)
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The tokens that the model goes on from, the generation prompt included."""
-        text = problem.prompt if self.ask == "prompt" else problem.question
+        text = self.text(problem)
         if self._frame is None or any(mark in text for mark in self.tokenizer.special_tokens):
             return self._rendered(self.messages(problem))
         before, after = self._frame

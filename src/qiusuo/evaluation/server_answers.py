@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from qiusuo.evaluation.answers import Answered, EvaluationError, Reply, draw_seed
-from qiusuo.evaluation.asking import Ask
+from qiusuo.evaluation.asking import Ask, text_of
 from qiusuo.tasks.task import END_THINK, THINK, Problem, response_of
 
 if TYPE_CHECKING:
@@ -110,9 +110,8 @@ class ServerAnswerer:
         }
 
     def _reply(self, problem: Problem, sampling: dict[str, Any]) -> Reply:
-        text = problem.prompt if self.ask == "prompt" else problem.question
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, {"role": "user", "content": text}]
+        messages = [*system, {"role": "user", "content": text_of(problem, self.ask)}]
         body: dict[str, Any] = {"model": self.model, "messages": messages} | sampling
         if self.thinking is not None:
             body["thinking"] = {"type": "enabled" if self.thinking else "disabled"}

@@ -21,7 +21,15 @@ from qiusuo.runs.rollouts import read_rollouts
 from qiusuo.runs.summary import find_fact
 from qiusuo.runs.words import format_duration, format_fact, format_large
 
-_IN_SECTIONS = {"license", "languages", "data", "limits", "parameters", "active parameters"}
+_IN_SECTIONS = {
+    "license",
+    "languages",
+    "data",
+    "base",
+    "limits",
+    "parameters",
+    "active parameters",
+}
 _ARCHITECTURE = {
     "model_type": "Architecture",
     "num_hidden_layers": "Layers",
@@ -131,8 +139,10 @@ def _use(load: str, facts: RunFacts) -> str:
     """How to ask it: a model of tasks in a chat, with a problem that it has met."""
     lines = ["import qiusuo", "", f"lm = qiusuo.load({json.dumps(load, ensure_ascii=False)})"]
     if any(record.get("tasks") for record in facts.records):
-        thinking = bool(facts.recipe.get("ask", {}).get("thinking", True))
-        asked = [{"role": "user", "content": _problem(facts.path)}]
+        ask = facts.recipe.get("ask", {})
+        thinking, system = bool(ask.get("thinking", True)), ask.get("system")
+        asked = [{"role": "system", "content": system}] if system else []
+        asked.append({"role": "user", "content": _problem(facts.path)})
         words = json.dumps(asked, ensure_ascii=False)
         lines += [
             f"answer = lm.chat({words}, thinking={thinking})",
@@ -193,7 +203,7 @@ def _row(cells: Iterable[str]) -> str:
 def _data(facts: RunFacts) -> str:
     data, license_name = find_fact(facts.summary, "Data"), _license(facts)
     lines = []
-    if isinstance(data, list) and all(isinstance(item, Mapping) for item in data):
+    if isinstance(data, list) and data and all(isinstance(item, Mapping) for item in data):
         for item in data:
             source = f", {item['source']}" if item.get("source") else ""
             terms = item.get("license") or "licence not stated"
@@ -202,6 +212,8 @@ def _data(facts: RunFacts) -> str:
         lines.append(_plain(format_fact(data)))
     else:
         lines.append("The run folder does not say what data the model was trained on.")
+    if base := find_fact(facts.summary, "Base"):
+        lines.append(f"- Begun with the weights of {_plain(format_fact(base))}.")
     terms = f"are under {_plain(license_name)}" if license_name else "carry no stated licence"
     return "\n".join([*lines, "", f"The weights {terms}."])
 

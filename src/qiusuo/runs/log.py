@@ -15,10 +15,11 @@ optional and may be new. `stage` is the name of the stage of the recipe.
                 (nats/token), length, length_right, length_wrong (mean tokens of a response),
                 zero_variance_share (0..1 of the groups: all answers paid alike, nothing to
                 learn), clip_share (0..1 of the tokens), kl (to the reference), mismatch_kl,
-                mismatch_max (engine against trainer, nats/token), trace_valid (0..1 of the
-                thoughts), thought (0..1 of the responses that have one), by_task
-                {"task/difficulty": pass rate}, rollout_seconds, update_seconds, refills (rounds
-                of further problems), curriculum (how hard it is now), stage. It comes before the
+                mismatch_max (engine against trainer, nats/token; known at temperature 1),
+                importance_weight (mean), trace_valid (0..1 of the thoughts), thought (0..1 of the
+                responses that have one), by_task {"task/difficulty": pass rate},
+                rollout_seconds, update_seconds, refills (rounds of further problems),
+                curriculum (how hard it is now), stage. It comes before the
                 step records of its step; a stage that only samples has none.
     validation  loss (nats/token), bits_per_character, seconds, stage, when ("before" or "after"
                 the stage; absent: in its course), tasks {"task/difficulty": {accuracy (greedy),

@@ -16,6 +16,9 @@ VOWELS = "aeiou"
 
 
 class Step(NamedTuple):
+    """One thing to do to x; ``{k}`` in words and code stands for a number from ``least`` to
+    ``most``, where those are given."""
+
     takes: Kind
     gives: Kind
     words: str

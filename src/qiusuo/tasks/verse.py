@@ -37,7 +37,14 @@ from qiusuo.tasks.task import (
 from qiusuo.tasks.verse_guards import Corpus, distinct_trigrams, top_rhyme_character
 from qiusuo.tasks.verse_novelty import VerseNovelty
 from qiusuo.tasks.verse_readings import CLASSES, LEVEL, OBLIQUE, readings, rhyme_name
-from qiusuo.tasks.verse_rules import FORMS, Form, rhyme_classes, tones, verse_lines
+from qiusuo.tasks.verse_rules import (
+    FORMS,
+    Form,
+    rhyme_classes,
+    tones,
+    verse_lines,
+    without_head,
+)
 
 SEASONS = "春 夏 秋 冬 早春 暮春 新秋 深秋".split()
 SCENES = (
@@ -240,14 +247,6 @@ def poem_titles(poems: Iterable[str], longest: int = 12) -> tuple[str, ...]:
     `Verse(titles=…)` asks for poems on."""
     titles = (read_poem(poem)[0] for poem in poems)
     return tuple(dict.fromkeys(title for title in titles if len(title) <= longest))
-
-
-def without_head(answer: str, title: str) -> str | None:
-    """The verse, whether or not the asked title stands above it; None if it has another."""
-    if not answer.startswith("《"):
-        return answer
-    head = f"《{title}》"
-    return answer[len(head) :] if answer.startswith(head) else None
 
 
 def _verdict(

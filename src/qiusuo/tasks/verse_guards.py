@@ -26,9 +26,14 @@ def top_rhyme_character(poems: Sequence[Sequence[str]]) -> tuple[str, float]:
     return char, count / len(poems)
 
 
+def trigrams_of(lines: Sequence[str]) -> list[str]:
+    """Every three characters that follow each other within a line."""
+    return [line[place : place + 3] for line in lines for place in range(len(line) - 2)]
+
+
 def distinct_trigrams(poems: Iterable[Sequence[str]]) -> float:
     """Distinct trigrams of characters within lines, as a share of all; 1.0 if there are none."""
-    found = [gram for lines in poems for line in lines for gram in _trigrams(line)]
+    found = [gram for lines in poems for gram in trigrams_of(lines)]
     return len(set(found)) / len(found) if found else 1.0
 
 
@@ -60,7 +65,7 @@ class Corpus:
 
     def novelty(self, lines: Sequence[str]) -> float:
         """Share of the trigrams within lines that the corpus does not have; 1.0 without any."""
-        grams = [gram for line in lines for gram in _trigrams(line)]
+        grams = trigrams_of(lines)
         return sum(gram not in self for gram in grams) / len(grams) if grams else 1.0
 
     def __contains__(self, run: str) -> bool:
@@ -86,10 +91,6 @@ def _common_start(one: str, other: str) -> str:
 
 def _han(text: str) -> str:
     return "".join(char for char in text if "\u4e00" <= char <= "\u9fff")
-
-
-def _trigrams(line: str) -> list[str]:
-    return [line[place : place + 3] for place in range(len(line) - 2)]
 
 
 def _suffix_array(text: str) -> np.ndarray:

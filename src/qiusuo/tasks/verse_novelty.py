@@ -22,7 +22,8 @@ from statistics import fmean
 from typing import Any
 
 from qiusuo.tasks.task import Problem, Verdict
-from qiusuo.tasks.verse_rules import FORMS, verse_lines
+from qiusuo.tasks.verse_guards import trigrams_of
+from qiusuo.tasks.verse_rules import FORMS, verse_lines, without_head
 
 WINDOW = 1024  # poems: four steps of 256 rollouts
 COMMON = 0.05  # the most common rhyme character of Tang quatrains is in 4 to 6 of 100
@@ -43,9 +44,8 @@ class VerseNovelty:
         """How new the answer is; it then is one of the poems of late. What is not of the asked
         form gets 0 and is forgotten."""
         form = FORMS[problem.data["form"]]
-        # A head above the verse ends with its line, as `Verse` reads it.
-        verse = (verdict.answer or "").removeprefix(f"《{problem.data['title']}》")
-        lines = verse_lines(verse, form)
+        verse = without_head(verdict.answer or "", problem.data["title"])
+        lines = None if verse is None else verse_lines(verse, form)
         if lines is None:
             return 0.0
         novelty = self.novelty(lines)
@@ -54,7 +54,7 @@ class VerseNovelty:
 
     def novelty(self, lines: Sequence[str]) -> float:
         """The figure for lines without stops, which are not remembered."""
-        trigrams, rhymes = _trigrams(lines), _rhymes(lines)
+        trigrams, rhymes = set(trigrams_of(lines)), _rhymes(lines)
         fresh = sum(gram not in self._trigrams for gram in trigrams) / len(trigrams)
         # Of the whole window: while it fills, no character is in much of it.
         allowed = max(1.0, COMMON * self.window)
@@ -75,22 +75,18 @@ class VerseNovelty:
 
     def _remember(self, lines: tuple[str, ...]) -> None:
         self._recent.append(lines)
-        self._trigrams.update(_trigrams(lines))
+        self._trigrams.update(set(trigrams_of(lines)))
         self._rhymes.update(_rhymes(lines))
         if len(self._recent) > self.window:
             gone = self._recent.popleft()
             for counts, what in (
-                (self._trigrams, _trigrams(gone)),
+                (self._trigrams, set(trigrams_of(gone))),
                 (self._rhymes, _rhymes(gone)),
             ):
                 counts.subtract(what)
                 for one in what:
                     if not counts[one]:
                         del counts[one]
-
-
-def _trigrams(lines: Sequence[str]) -> set[str]:
-    return {line[place : place + 3] for line in lines for place in range(len(line) - 2)}
 
 
 def _rhymes(lines: Sequence[str]) -> set[str]:

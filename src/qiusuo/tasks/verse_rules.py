@@ -48,6 +48,14 @@ LONGEST = 400  # characters; 七律 with every stop and break has 80
 OPPOSITE = {LEVEL: OBLIQUE, OBLIQUE: LEVEL}
 
 
+def without_head(answer: str, title: str) -> str | None:
+    """The verse, whether or not the asked title stands above it; None if it has another."""
+    if not answer.startswith("《"):
+        return answer
+    head = f"《{title}》"
+    return answer[len(head) :] if answer.startswith(head) else None
+
+
 def verse_lines(text: str, form: Form) -> tuple[str, ...] | None:
     """The lines without stops, or None if the text is anything but verse of this form."""
     text = text.strip()

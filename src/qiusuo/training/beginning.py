@@ -11,7 +11,7 @@ from qiusuo.data.loader import Loader
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.durable import read_json, write_json
-from qiusuo.training.expert_selection import ExpertSelection, SelectedExperts, select_experts
+from qiusuo.training.expert_selection import ExpertSelection, select_experts, train_only
 from qiusuo.training.lora import LoRA
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.recipe import Recipe, RecipeError
@@ -72,7 +72,7 @@ def stage_state(scene: Scene, feed: Feed) -> StageState:
     """A stage's state before its first step."""
     stage, section = scene.stage, scene.recipe.adapter
     if section is not None and section.kind == "esft":
-        SelectedExperts(scene.model, _selection(scene, feed, section.experts))
+        train_only(scene.model, _selection(scene, feed, section.experts))
     adapter = () if scene.adapter is None else scene.adapter.parameters()
     optimizers = build_optimizers(scene.model, stage.optimizer, adapter)
     return StageState(scene.model, optimizers, feed, stage.name, stage.steps, adapter=scene.adapter)

@@ -71,7 +71,8 @@ class Distilling(SupervisedSteps):
             seed=scene.recipe.seed,
             pad_id=scene.tokenizer.pad_id or 0,
         )
-        super().__init__(stage, stage_state(scene, self.loader), scene.record, isolate=True)
+        state = stage_state(scene, self.loader)
+        super().__init__(stage, state, scene.record, True, scene.recipe.seed)
         self.label_losses, self.forward = self.forward, self.match
 
     def one_step(self) -> StepResult:

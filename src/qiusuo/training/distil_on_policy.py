@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -50,13 +50,16 @@ class Expert:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer of the student's, and the task it is about."""
+    """One answer of the student's, and the task it is about, by the recipe's name for it."""
 
     rollout: Rollout
     task: str
 
 
 class OnPolicy(Learning):
+    """A step is one batch of the student's own answers, read by every teacher that knows the task.
+    The questions' places are all the state there is beside weights and optimizer."""
+
     stage: OnPolicyStage
 
     def __init__(self, scene: Scene[OnPolicyStage]) -> None:
@@ -75,12 +78,16 @@ class OnPolicy(Learning):
             tokens=PROMPT_TOKENS + stage.max_tokens,
         )
         self.rollouts = scene.run.open_rollouts()
-        self.truncated = False
 
     def expert(self, section: TeacherSection) -> Expert:
         named = named_model(self.scene, section.model, self.dtype)
         same_vocabulary(self.scene, named, section.model)
         return Expert(section, named.model)
+
+    def run(self, after_step: Callable[[], bool]) -> None:
+        # Only now the state is the checkpoint's: what was written after it comes again.
+        self.rollouts.truncate_after(self.state.run_step)
+        super().run(after_step)
 
     def close(self) -> None:
         self.rollouts.close()
@@ -88,9 +95,7 @@ class OnPolicy(Learning):
     # -- a step ----------------------------------------------------------------------------------
 
     def one_step(self) -> StepResult:
-        if not self.truncated:  # what a killed run wrote after its last checkpoint
-            self.rollouts.truncate_after(self.state.run_step)
-            self.truncated = True
+        """Ask, answer, learn from the teachers, and tell."""
         start = time.perf_counter()
         groups = self.ask()
         rolled = time.perf_counter()
@@ -117,7 +122,7 @@ class OnPolicy(Learning):
     def learn(self, groups: Sequence[Group]) -> tuple[StepResult, dict[int, float]]:
         """One update; how far each rollout (by id) is from its teachers, nats a token."""
         answered = [
-            Answered(rollout, group.question.problem.task)
+            Answered(rollout, self.stage.tasks[group.question.entry].task)
             for group in groups
             for rollout in group.rollouts
         ]
@@ -201,5 +206,5 @@ class OnPolicy(Learning):
         self.record(told)
         for group in groups[: self.stage.kept_rollouts]:
             one = group.rollouts[0]
-            record = kept_record(one, group.question, 0.0) | {"divergence": far[id(one)]}
-            self.rollouts.append(place | record)
+            record = kept_record(one, group.question, self.scene.asker, one.verdict.reward, 0.0)
+            self.rollouts.append(place | record | {"divergence": far[id(one)]})

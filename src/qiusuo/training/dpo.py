@@ -39,6 +39,9 @@ class Sums(NamedTuple):
 
 
 class Preferring(Learning):
+    """A step is one batch of pairs. The order of the pairs and what the reference said of each are
+    the state beside weights and optimizer."""
+
     stage: DpoStage
 
     def __init__(self, scene: Scene[DpoStage]) -> None:
@@ -67,6 +70,7 @@ class Preferring(Learning):
     # -- a step ----------------------------------------------------------------------------------
 
     def one_step(self) -> StepResult:
+        """One update from the next pairs; before the first one the reference is asked."""
         stage = self.stage
         if self.reference_P2 is None:
             self.reference_P2 = self.ask_reference()

@@ -1,9 +1,9 @@
 """ESFT (arXiv:2407.01906): fine-tune the few experts that a task's tokens use.
 
 Tokens of one task go to few experts. Each layer's experts are scored on sample tokens, by their
-share of the (token, expert) choices or of the gate weights (§3.2, eq. 5-6; scores of a layer add
-up to 1, as in the paper), and the fewest whose scores reach a threshold are trained. Everything
-else is frozen: the other experts stay bit for bit what they were, and with them other tasks.
+share of the (token, expert) choices (§3.2, eq. 6; scores of a layer add up to 1), and the fewest
+whose scores reach a threshold are trained. Everything else is frozen: the other experts stay bit
+for bit what they were, and with them other tasks.
 
 A layer's experts are one stacked tensor [E, ...], trainable as a whole or not at all, so a hook
 clears the gradients of the others and the optimizers are told not to decay the stack.
@@ -11,9 +11,9 @@ clears the gradients of the others and the optimizers are told not to decay the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,16 @@ from qiusuo.data.batch import Batch
 from qiusuo.model.moe import MoE
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.losses import language_model_losses, make_window
-from qiusuo.training.name_patterns import named_by
 from qiusuo.training.recipe import RecipeError
 
 # B rows, T tokens, M = B*T, E experts, K experts per token.
-
-Score = Literal["tokens", "gates"]
 
 
 @dataclass(frozen=True)
 class ExpertSelection:
     """``experts``: the chosen of each MoE layer, by layer number (MTP modules' too), best first.
-    ``share``: the threshold they reach on ``tokens`` sample tokens by ``score``."""
+    ``share``: the threshold they reach on ``tokens`` sample tokens."""
 
-    score: Score
     share: float
     tokens: int
     experts: dict[int, list[int]]
@@ -49,7 +45,7 @@ class ExpertSelection:
 
 
 def select_experts(
-    model: Transformer, batches: Iterable[Batch], share: float = 0.2, score: Score = "tokens"
+    model: Transformer, batches: Iterable[Batch], share: float = 0.2
 ) -> ExpertSelection:
     """Choose in each layer the fewest experts whose scores on the batches' tokens reach ``share``.
 
@@ -59,15 +55,13 @@ def select_experts(
         raise RecipeError(
             "the model has no routed experts to choose from: train all of it, or use lora"
         )
-    scores, tokens = expert_scores(model, batches, score)
+    scores, tokens = expert_scores(model, batches)
     chosen = {layer: fewest_reaching(score_E, share) for layer, score_E in scores.items()}
-    return ExpertSelection(score, share, tokens, chosen)
+    return ExpertSelection(share, tokens, chosen)
 
 
 @torch.no_grad()
-def expert_scores(
-    model: Transformer, batches: Iterable[Batch], score: Score
-) -> tuple[dict[int, Tensor], int]:
+def expert_scores(model: Transformer, batches: Iterable[Batch]) -> tuple[dict[int, Tensor], int]:
     """Each layer's scores [E] in float64, which add up to 1, and the number of tokens they are
     from: those the main model reads, padding not counted."""
     routers = model.routers()
@@ -86,10 +80,7 @@ def expert_scores(
         tokens += int(read_M.sum())
         for layer, routing in language_model_losses(model, window).routings.items():
             chosen_P = routing.indices_MK[read_M].flatten()
-            weight_P = routing.weights_MK[read_M].flatten().double()
-            if score == "tokens":
-                weight_P = torch.ones_like(weight_P)
-            sums[layer].index_add_(0, chosen_P, weight_P)
+            sums[layer] += chosen_P.bincount(minlength=len(sums[layer]))
     if tokens == 0:
         raise RecipeError("no tokens to score experts on: give at least one batch that has some")
     return {layer: sum_E / sum_E.sum() for layer, sum_E in sums.items()}, tokens
@@ -103,53 +94,33 @@ def fewest_reaching(score_E: Tensor, share: float) -> list[int]:
     return order_E[:count].tolist()
 
 
-class SelectedExperts:
-    """A model of which only the selected experts learn, until ``release``.
+def train_only(model: Transformer, selection: ExpertSelection) -> None:
+    """Freeze all of a model but the selected experts.
 
-    ``also``: patterns of parameters that learn too (see ``named_by``), e.g. "shared_experts.*" or
-    "mlp.gate.weight". To be made before the optimizers, which ask each parameter whether it is
-    trainable (``requires_grad``) and whether only in part (``partly_frozen``). RecipeError where
-    the selection is another model's."""
-
-    def __init__(
-        self, model: Transformer, selection: ExpertSelection, also: Sequence[str] = ()
-    ) -> None:
-        blocks = (*model.model.main_blocks, *model.model.mtp_blocks)
-        networks = {block.layer: block.mlp for block in blocks}
-        stacks: list[tuple[nn.Parameter, list[int]]] = []
-        for layer, experts in selection.experts.items():
-            mlp = networks.get(layer)
-            if not isinstance(mlp, MoE) or not set(experts) <= set(range(len(mlp.gate.weight))):
-                raise RecipeError(
-                    f"the selection names experts {experts} of layer {layer}, which the model does "
-                    "not have: it was made for another model; select again"
-                )
-            if experts:
-                stacks += [(mlp.experts.gate_up_proj, experts), (mlp.experts.down_proj, experts)]
-        named = dict(model.named_parameters())
-        others = [named[name] for name in named_by(also, list(named), "parameter")]
-        self._frozen = [p for p in model.parameters() if p.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        for parameter in others:
-            parameter.requires_grad_(True)
-        self._stacks = [stack for stack, _ in stacks]
-        self._hooks = [_learn_only(stack, experts) for stack, experts in stacks]
-
-    def release(self) -> None:
-        """Every parameter that learnt before learns again."""
-        for hook in self._hooks:
-            hook.remove()
-        for stack in self._stacks:
-            del stack.partly_frozen  # type: ignore[attr-defined]
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+    To be done before the optimizers are made, which ask each parameter whether it is trainable
+    (``requires_grad``) and whether only in part (``partly_frozen``). RecipeError, and nothing
+    changed, where the selection is another model's."""
+    blocks = (*model.model.main_blocks, *model.model.mtp_blocks)
+    networks = {block.layer: block.mlp for block in blocks}
+    stacks: list[tuple[nn.Parameter, list[int]]] = []
+    for layer, experts in selection.experts.items():
+        mlp = networks.get(layer)
+        if not isinstance(mlp, MoE) or not set(experts) <= set(range(len(mlp.gate.weight))):
+            raise RecipeError(
+                f"the selection names experts {experts} of layer {layer}, which the model does "
+                "not have: it was made for another model; select again"
+            )
+        if experts:
+            stacks += [(mlp.experts.gate_up_proj, experts), (mlp.experts.down_proj, experts)]
+    model.requires_grad_(False)
+    for stack, experts in stacks:
+        _learn_only(stack, experts)
 
 
-def _learn_only(stack: nn.Parameter, experts: list[int]) -> Any:
-    """Let the gradient [E, ...] reach these experts alone; the hook's handle."""
+def _learn_only(stack: nn.Parameter, experts: list[int]) -> None:
+    """Let the gradient [E, ...] reach these experts alone."""
     others_E11 = torch.ones(len(stack), 1, 1, dtype=torch.bool, device=stack.device)
     others_E11[experts] = False
     stack.partly_frozen = True  # type: ignore[attr-defined]
     stack.requires_grad_(True)
-    return stack.register_hook(lambda grad: grad.masked_fill(others_E11, 0))
+    stack.register_hook(lambda grad: grad.masked_fill(others_E11, 0))

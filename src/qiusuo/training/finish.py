@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qiusuo.checkpoint.huggingface import save_huggingface
+from qiusuo.data.catalogue import catalogue
 from qiusuo.data.corpora import open_corpus
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.cost import measure
@@ -16,6 +17,7 @@ from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.report import write_report
 from qiusuo.runs.summary import write_summary
+from qiusuo.training.given_tasks import stage_tasks
 from qiusuo.training.recipe import Recipe
 from qiusuo.training.scene import StageWork
 from qiusuo.training.sections import SamplesSection
@@ -46,6 +48,8 @@ def finish_run(
             tokenizer=tokenizer,
             sampling={"temperature": samples.temperature, "top_p": samples.top_p},
         )
+    if state.adapter is not None and recipe.base is not None:  # beside it, for others to merge
+        state.adapter.save(run.path / "adapter", recipe.base, dtype)
     write_summary(run.path, facts(recipe, state, validation))
     run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)
@@ -90,17 +94,27 @@ def facts(recipe: Recipe, state: StageState, validation: Validation | None) -> d
     table["License"] = recipe.license
     if recipe.languages:
         table["Languages"] = list(recipe.languages)
-    sources = dict.fromkeys(
+    if recipe.base is not None:
+        known = catalogue().get(recipe.base)
+        table["Base"] = recipe.base + (f" ({known.licence})" if known is not None else "")
+    table["Data"] = [
+        {"name": corpus.name, "license": corpus.licence, "source": corpus.source}
+        for corpus in map(open_corpus, _corpora(recipe))
+    ]
+    return table
+
+
+def _corpora(recipe: Recipe) -> list[str]:
+    """Every corpus that is learnt from, or that problems are made of, each once."""
+    learnt = [
         entry.source
         for stage in recipe.stages
         if isinstance(stage, PretrainStage)
         for entry in stage.data.corpora
-    )
-    table["Data"] = [
-        {"name": corpus.name, "license": corpus.licence, "source": corpus.source}
-        for corpus in map(open_corpus, sources)
     ]
-    return table
+    entries = [entry for stage in recipe.stages for entry in stage_tasks(stage)]
+    entries += [*recipe.evaluation.tasks, *recipe.evaluation.answers]
+    return list(dict.fromkeys([*learnt, *(entry.corpus for entry in entries if entry.corpus)]))
 
 
 def _measured(model: Transformer, validation: Validation) -> dict[str, Any]:

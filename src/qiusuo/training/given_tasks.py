@@ -53,8 +53,9 @@ def check_task(entry: TaskEntry) -> None:
 
 
 def vocabulary_texts(entries: Sequence[TaskEntry], ask: Ask) -> Iterator[str]:
-    """Texts with every character that the entries' prompts (or questions, as ``ask`` says) and
-    answers use, those of their corpora left out."""
+    """Texts with every character that the entries' problems and solutions use: a task's alphabet
+    where it names one, and unless ``ask`` is "prompt" (which that covers) many problems of it.
+    Solutions that come out of a corpus are left out: its texts are read elsewhere."""
     for entry in entries:
         task = task_of(entry)
         if task.alphabet is not None:

@@ -161,7 +161,10 @@ def state_at_end(run: RunFolder, checkpoint: dict[str, Any], stage: str) -> dict
     step = checkpoint["ends"].get(stage)
     folder = dict(run.checkpoints()).get(step)
     if folder is None:
-        raise TrainingError(f"{run.path} no longer holds the end of stage {stage!r}")
+        raise TrainingError(
+            f"{run.path} no longer holds the end of stage {stage!r}: put its folder back into "
+            "checkpoints, or live the recipe in a new run"
+        )
     return load_state(folder)
 
 

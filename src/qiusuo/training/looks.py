@@ -22,7 +22,7 @@ from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
 from qiusuo.training.sections import SamplesSection, TaskEntry
 from qiusuo.training.sft import Solutions
-from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
+from qiusuo.training.speaking import PROMPT_TOKENS, Speaker, spoken_dtype
 from qiusuo.training.stages import Stage
 
 ANSWERS = 512  # known answers whose loss is told, of each task
@@ -77,7 +77,7 @@ class TaskLook:
                 scene.model,
                 scene.tokenizer,
                 scene.adapter,
-                torch.float32,
+                spoken_dtype(scene.model),
                 answers=ANSWERS_AT_ONCE,
                 tokens=PROMPT_TOKENS + self.settings.max_tokens,
             )

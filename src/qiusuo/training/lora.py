@@ -5,7 +5,7 @@ the model begins as it was. In training a hook on each projection adds B (A x) t
 and the base weights may stay in bf16: A and B are float32. The engine reads weights where they
 stand (decoding uses MLA's kv_b_proj without calling it), so for rollouts they are merged.
 
-Without its adapter the model is what it was before training, at no cost: the reference of a KL.
+Without its adapter the model is what it was before training, bit for bit.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class LoRA:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model as it was before the adapter, e.g. as the reference of a KL."""
+        """The model as it was before the adapter."""
         self._detach()
         try:
             yield

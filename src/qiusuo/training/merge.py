@@ -7,6 +7,7 @@ arXiv:2203.05482). Models that began apart have no such middle.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,9 +49,11 @@ class Merging:
         state = self.state
         if state.step == state.planned:
             return
+        start = time.perf_counter()
         self.merge()
         state.step += 1
         state.run_step += 1
+        state.seconds += time.perf_counter() - start
         named = ", ".join(f"{one.model} × {one.weight:g}" for one in self.stage.models)
         self.scene.record(
             {"kind": "event", "step": state.run_step, "text": f"{self.stage.name}: {named}"}

@@ -18,6 +18,7 @@ from qiusuo.model.transformer import Transformer
 from qiusuo.training.beginning import attach_adapter, build_model
 from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
+from qiusuo.training.speaking import in_dtype
 from qiusuo.training.stages import stage_named
 from qiusuo.training.state import take_weights
 
@@ -46,10 +47,7 @@ def named_model(scene: Scene[Any], name: str, dtype: torch.dtype) -> NamedModel:
                 "tokens are"
             )
         model, tokenizer = load_model(checkpoint, dtype=dtype), found
-    model = model.to(device).requires_grad_(False).eval()
-    for parameter in model.parameters():  # not the routers' biases: those stay float32
-        parameter.data = parameter.data.to(dtype)
-    return NamedModel(model, tokenizer)
+    return NamedModel(in_dtype(model.to(device), dtype).eval(), tokenizer)
 
 
 def same_vocabulary(scene: Scene[Any], named: NamedModel, name: str) -> None:

@@ -33,8 +33,8 @@ class RecipeError(ValueError):
 
 class Recipe(Section):
     """``base``: a checkpoint to begin from, by path or name, instead of ``model`` and
-    ``tokenizer``. ``save_dtype``: the type of the finished model's weights. ``license`` and
-    ``languages`` go onto the model card."""
+    ``tokenizer``. ``save_dtype``: the type of the finished model's weights. ``license``, which a
+    recipe with ``base`` must say, and ``languages`` go onto the model card."""
 
     name: str = Field(pattern=r"^\w[\w .-]*$")
     description: str = ""
@@ -58,6 +58,11 @@ class Recipe(Section):
             given = self.tokenizer != TokenizerSection()
             if given:
                 raise ValueError("base has its own tokenizer: leave [tokenizer] out")
+        if self.base is not None and "license" not in self.model_fields_set:
+            raise ValueError(
+                f"give license: with base it is the one that {self.base} is under, whose weights "
+                "go on in the new ones"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rollouts import Group, Rollout, roll_out
 from qiusuo.training.scene import Scene
 from qiusuo.training.seeds import seed_of
-from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
+from qiusuo.training.speaking import PROMPT_TOKENS, Speaker, spoken_dtype
 from qiusuo.training.stages import SampleStage
 from qiusuo.training.state import StageState
 
@@ -51,7 +51,7 @@ class Sampling:
             model,
             None,
             adapter,
-            torch.float32,
+            spoken_dtype(model),
             answers=stage.batch * stage.answers,
             tokens=PROMPT_TOKENS + stage.max_tokens,
         )
@@ -79,6 +79,7 @@ class Sampling:
         self.path.parent.mkdir(exist_ok=True)
         with self.path.open("ab") as file:
             file.truncate(self.bytes)  # what a killed run wrote after its last checkpoint
+            file.seek(self.bytes)  # truncating moves no place, and this one is told as the length
             while self.state.step < self.state.planned:
                 start = time.perf_counter()
                 groups = self.ask()

@@ -1,7 +1,7 @@
 """What a stage is given to work with, and what it must be able to do.
 
 The life of a stage (life.py) is the same for all kinds: steps, looks, checkpoints, a stop at any
-moment. What a step is, is the kind's own (pretrain.py, sft.py, rl.py, sample.py ...).
+moment. What a step is, is the kind's own (pretrain.py, sft.py, rl/reinforce.py, sample.py ...).
 """
 
 from __future__ import annotations

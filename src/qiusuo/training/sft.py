@@ -19,6 +19,7 @@ from qiusuo.evaluation.asking import Asker
 from qiusuo.tasks.task import SplitName
 from qiusuo.training.beginning import stage_state
 from qiusuo.training.given_tasks import problem_at, task_of
+from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
 from qiusuo.training.sections import TaskEntry
 from qiusuo.training.seeds import seed_of
@@ -44,11 +45,18 @@ class Finetuning(SupervisedSteps):
 
 
 def source_of(scene: Scene[Any], source: SftSource) -> ExampleSource:
-    """The examples that a recipe names."""
+    """The examples that a recipe names. DataError or RecipeError where there are none."""
     if source.task is not None:
         seed = seed_of(f"{scene.recipe.seed}/{scene.stage.name}")  # another stage, other problems
         return Solutions(source.task, scene.asker, source.thought_share, seed)
-    path = source.file or scene.traces_path(source.traces or "")
+    if source.file is not None:
+        return read_dialogues(source.file, scene.tokenizer)
+    path = scene.traces_path(source.traces or "")
+    if not path.is_file() or not path.stat().st_size:
+        raise RecipeError(
+            f"stage {scene.stage.name}: stage {source.traces} kept nothing: give it more count or "
+            "answers, easier problems, or trace_valid = false"
+        )
     return read_dialogues(path, scene.tokenizer)
 
 

@@ -21,7 +21,14 @@ from qiusuo.model.transformer import Transformer
 from qiusuo.training.lora import LoRA
 
 PROMPT_TOKENS = 256  # that the cache is made for; with longer prompts fewer run at a time
+WIDE = 512  # hidden size from which bfloat16 is worth a copy of the weights
 STEP_TOKENS = 4096  # of one pass: there is nobody to keep waiting
+
+
+def spoken_dtype(model: Transformer) -> torch.dtype:
+    """What a model is measured and sampled in where nothing is learnt from it: float32, exact and
+    no slower, where it is small; bfloat16 where its matrices are what takes the time."""
+    return torch.bfloat16 if model.config.hidden_size >= WIDE else torch.float32
 
 
 class Speaker:
@@ -83,7 +90,7 @@ def weights_of(model: Transformer, adapter: LoRA | None) -> dict[str, Tensor]:
 
 
 def in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The very model, to be sampled from in that type."""
+    """The very model, frozen, to be asked in that type."""
     for parameter in model.requires_grad_(False).parameters():
         parameter.data = parameter.data.to(dtype)  # not the routers' biases: those stay float32
     return model

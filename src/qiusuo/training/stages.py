@@ -144,8 +144,9 @@ class RlStage(LearningStage):
 
     The keys from ``loss`` to ``reference_steps`` have the values of ``preset`` where they are left
     out (rl/policy_presets.py): the answers of a ``group``; ``scale`` of advantages; what becomes of
-    ``same_groups``, all right or all wrong, which teach nothing ("refill": others are asked, up to
-    ``most_prompts`` a step); of answers cut off at ``max_tokens`` ("reward", "mask" them out of the
+    ``same_groups``, all paid the same, which teach nothing ("refill": others are asked, up to
+    ``most_prompts`` a step, for those that are all right or all wrong by the verifier alone,
+    whatever else is paid); of answers cut off at ``max_tokens`` ("reward", "mask" them out of the
     loss, or "soft", paid less over the last ``overlong_margin`` tokens); ``updates`` of the weights
     per batch of rollouts; after how many steps the policy becomes the KL's reference.
 

@@ -57,7 +57,10 @@ class Learning(ABC):
         self.paces: deque[float] = deque(maxlen=PACE_STEPS)
 
     @abstractmethod
-    def one_step(self) -> StepResult: ...
+    def one_step(self) -> StepResult:
+        """One whole batch: gradients, the optimizers' steps, and the expert loads added up. The
+        counters of ``state`` are moved by ``run``."""
+        ...
 
     def look(self, whole: bool) -> Iterator[dict[str, Any]]:
         return iter(())

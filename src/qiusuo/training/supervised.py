@@ -1,4 +1,4 @@
-"""Steps that predict the next tokens of given text: what ``pretrain`` and ``sft`` share."""
+"""Steps over given text, token by token: what ``pretrain``, ``sft`` and ``distil`` share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SupervisedSteps(Learning):
         state: StageState,
         record: Record,
         isolate: bool,
-        seed: int = 0,
+        seed: int,
     ) -> None:
         super().__init__(stage, state, record)
         self.isolate, self.gaps_seed = isolate, f"{seed}/{stage.name}"

@@ -58,7 +58,8 @@ def train(
     """Live the recipe from the run's last checkpoint on. False where it was interrupted.
 
     Raises TrainingError, RunError, DataError or CheckpointError with the run marked as failed and
-    its last checkpoint intact.
+    its last checkpoint intact; RecipeError for an ``only_stage`` that is not there or whose turn it
+    is not.
     """
     if only_stage is not None:
         recipe.stage(only_stage)
@@ -66,6 +67,8 @@ def train(
         print(f"{run.path} is finished: there is nothing left to train")
         mend_papers(run)
         return True
+    if only_stage is not None:
+        _check_turn(recipe, only_stage, last_state(run))
     life: StageLife | None = None
     keep_freed_memory()
     torch.set_flush_denormal(True)  # probabilities near zero make a CPU ten times slower otherwise
@@ -106,6 +109,17 @@ def _check(recipe: Recipe) -> None:
                 raise RecipeError(f"stage {stage.name}: {error}") from error
     for entry in (*recipe.evaluation.tasks, *recipe.evaluation.answers):
         check_task(entry)
+
+
+def _check_turn(recipe: Recipe, name: str, checkpoint: dict[str, Any] | None) -> None:
+    """RecipeError for a stage that would begin with random weights, or leave one out."""
+    place = recipe.stages.index(recipe.stage(name))
+    before = recipe.stages[place - 1].name
+    if place and (checkpoint is None or before not in checkpoint["ends"]):
+        raise RecipeError(
+            f"stage {name} goes on from {before}, which this run has not ended: leave --stage out, "
+            "or live that one first"
+        )
 
 
 def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[Stage, ...]:

@@ -43,19 +43,25 @@ PROGRAM = "from qiusuo.training.rl.sampling_process import main; main()"
 
 
 class Ahead:
-    """The process is started with the first batch that is wanted, and takes half of the threads
-    until ``close``."""
+    """The process is started with the first batch that is wanted. Half of the threads are kept for
+    it from the beginning until ``close``, so that a step's rounding does not depend on whether
+    there is anything left to sample."""
 
     def __init__(self, scene: Scene[RlStage], asking: Asking, dtype: torch.dtype) -> None:
         self.scene, self.asking, self.dtype = scene, asking, dtype
         self.process: _Sampler | None = None
         self.under_way = False
         self.ready: dict[str, Any] | None = None  # the batch as it came
+        threads = torch.get_num_threads()
+        self.spared = max(1, threads // 2)
+        torch.set_num_threads(max(1, threads - self.spared))
+        self.threads: int | None = threads  # to be given back
 
     def begin(self, step: int, version: int) -> None:
         """Sample the batch of ``step`` (from 0) with the weights of this moment."""
         if self.process is None:
-            self.process = _Sampler(self.scene, self.asking, self.dtype)
+            setup = _setup(self.scene, self.asking, self.dtype, self.spared)
+            self.process = _Sampler(self.scene, setup)
         self.process.order(Wanted(step, version, self.asking.questions.state_dict()))
         self.under_way = True
 
@@ -87,6 +93,9 @@ class Ahead:
         if self.process is not None:
             self.process.end()
         self.process, self.under_way = None, False
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+            self.threads = None
 
     def state_dict(self) -> dict[str, Any] | None:
         self.wait()
@@ -99,9 +108,8 @@ class Ahead:
 class _Sampler:
     """The process from outside."""
 
-    def __init__(self, scene: Scene[RlStage], asking: Asking, dtype: torch.dtype) -> None:
+    def __init__(self, scene: Scene[RlStage], setup: Setup) -> None:
         self.scene = scene
-        setup = _setup(scene, asking, dtype)
         memory = _shared_memory(size_of(setup.layout))
         try:
             self.weights = tensors_in(mmap.mmap(memory, size_of(setup.layout)), setup.layout)
@@ -110,8 +118,6 @@ class _Sampler:
         finally:
             os.close(memory)
         theirs.close()
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, self.threads - setup.threads))
         self.talk(lambda: self.connection.send_bytes(pickle.dumps(setup)))
 
     @torch.no_grad()
@@ -148,10 +154,9 @@ class _Sampler:
         self.popen.kill()
         self.popen.wait()
         self.connection.close()
-        torch.set_num_threads(self.threads)
 
 
-def _setup(scene: Scene[RlStage], asking: Asking, dtype: torch.dtype) -> Setup:
+def _setup(scene: Scene[RlStage], asking: Asking, dtype: torch.dtype, threads: int) -> Setup:
     stage, model = scene.stage, scene.model
     return Setup(
         stage,
@@ -163,7 +168,7 @@ def _setup(scene: Scene[RlStage], asking: Asking, dtype: torch.dtype) -> Setup:
         layout_of(model, dtype),
         dtype,
         model.lm_head.weight.device,
-        threads=max(1, torch.get_num_threads() // 2),
+        threads=threads,
         answers=stage.prompts * asking.preset.group_size,
         tokens=PROMPT_TOKENS + stage.max_tokens,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from qiusuo.tasks.task import Problem, Task
 from qiusuo.training.given_tasks import problem_at, task_of
 from qiusuo.training.sections import TaskEntry
+from qiusuo.training.seeds import seed_of
 from qiusuo.training.stages import CurriculumSection
 
 
@@ -50,6 +51,7 @@ class Questions:
                 stream.hardest = max(known, default=min(stream.entry.difficulties))
 
     def take(self, count: int) -> list[Question]:
+        """The next ones; every one moves its entry's place on."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Question:
@@ -59,7 +61,9 @@ class Questions:
         number = chance.choices(range(len(weights)), weights)[0]
         stream = self.streams[number]
         entry = stream.entry.model_copy(update={"difficulties": self.difficulties(number)})
-        problem = problem_at(entry, "train", self.seed, stream.asked)
+        # A task that stands here twice is asked for different problems.
+        seed = seed_of(f"{self.seed}/{number}") if number else self.seed
+        problem = problem_at(entry, "train", seed, stream.asked)
         stream.asked += 1
         return Question(problem, stream.task, number)
 
@@ -84,10 +88,19 @@ class Questions:
             stream.hardest, stream.rate = min(harder), 0.0
 
     def hardest(self) -> dict[str, int]:
-        """Where the curriculum stands, by task; empty without one."""
+        """Where the curriculum stands, by task (and ``mark``); empty without one."""
         if self.curriculum is None:
             return {}
-        return {stream.entry.task: stream.hardest for stream in self.streams}
+        return {
+            f"{stream.entry.task}{self.mark(number)}": stream.hardest
+            for number, stream in enumerate(self.streams)
+        }
+
+    def mark(self, number: int) -> str:
+        """What tells an entry from others of its task behind a name: "_2" for the second entry of
+        all, nothing where no other has its task."""
+        tasks = [stream.entry.task for stream in self.streams]
+        return f"_{number + 1}" if tasks.count(tasks[number]) > 1 else ""
 
     def state_dict(self) -> dict[str, Any]:
         places = [[stream.asked, stream.hardest, stream.rate] for stream in self.streams]

@@ -12,8 +12,9 @@ import copy
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from qiusuo.training.rl.policy_presets import PRESETS, Preset
 from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rewards import Rewards
 from qiusuo.training.rl.rollouts import Group, kept_record
-from qiusuo.training.rl.telling import told_of
+from qiusuo.training.rl.telling import told_of, told_of_update, told_together
 from qiusuo.training.rl.update import Paid, Rows, row_logprobs, rows_of
 from qiusuo.training.scene import Scene
 from qiusuo.training.seeds import seed_of
@@ -48,7 +49,19 @@ RECENT = 10  # steps whose mean reward ends a stage
 IMPORTANCE_CAP = 2.0  # where the sampler is a step behind and nothing else is said
 
 
+class Pay(NamedTuple):
+    """What a step's P groups of G answers were paid, and by group the rollouts that the update
+    learns from; groups that teach nothing are left out of those where the recipe says so."""
+
+    rewards_PG: Tensor
+    same_P: Tensor  # bool: every answer was paid the same
+    paid: list[list[Paid]]
+
+
 class Reinforcement(Learning):
+    """A step is one batch of questions, their answers, and the updates that learn from them. This
+    object is its own feed: ``state_dict`` is all that a step depends on beside the weights."""
+
     stage: RlStage
 
     def __init__(self, scene: Scene[RlStage]) -> None:
@@ -117,32 +130,36 @@ class Reinforcement(Learning):
     # -- a step ----------------------------------------------------------------------------------
 
     def one_step(self) -> StepResult:
+        """Ask, pay, learn, and tell; with ``lag`` the next batch is begun before learning."""
         start = time.perf_counter()
         asked, refills = self.ask()
         for group in asked:
             self.questions.heard(group.question, group.passed)
         if self.ahead is not None and self.state.step + 1 < self.state.planned:
             self.ahead.begin(self.state.step + 1, self.state.run_step)
-        rewards_PG, paid = self.pay(asked)
+        pay = self.pay(asked)
         rolled = time.perf_counter()
         passed = float(sum(group.passed for group in asked) / len(asked))
         self.recent.append(passed)
-        result, measures, entropy = self.learn(paid)
-        thorough = self.state.step % THOROUGH_STEPS == 0
-        told = told_of(asked, self.preset, measures, entropy, self.load, thorough)
-        told |= {
+        result, measures, entropy = self.learn(pay.paid)
+        told = told_of(asked, self.preset.group_size) | {
+            "zero_variance_share": pay.same_P.float().mean().item(),
             "kind": "rollout",
             "stage": self.stage.name,
             "step": self.state.run_step + 1,
-            "reward": rewards_PG.mean().item(),
+            "reward": pay.rewards_PG.mean().item(),
             "rollout_seconds": rolled - start,
             "update_seconds": time.perf_counter() - rolled,
             "refills": refills,
         }
+        if measures is not None:
+            told |= told_of_update(measures, entropy, self.stage.temperature == 1)
+        if self.state.step % THOROUGH_STEPS == 0:
+            told |= told_together(asked, self.questions)
         if hardest := self.questions.hardest():
             told["curriculum"] = hardest
         self.record(told)
-        self.keep(asked, paid)
+        self.keep(asked, pay)
         refresh = self.preset.refresh_reference
         if self.reference is not None and refresh and (self.state.step + 1) % refresh == 0:
             self.reference = _frozen_copy(self.scene)
@@ -161,8 +178,8 @@ class Reinforcement(Learning):
         with self.speaker.speaking() as lm:
             return self.asking.batch(lm, step, version)
 
-    def pay(self, asked: Sequence[Group]) -> tuple[Tensor, list[list[Paid]]]:
-        """Rewards [P, G], and by group the rollouts that the update learns from."""
+    def pay(self, asked: Sequence[Group]) -> Pay:
+        """Rewards and advantages. Guards remember what they judge: once a batch, and in order."""
         stage, preset = self.stage, self.preset
         first = self.questions.drawn - len(asked)
         rewards_PG = torch.tensor(
@@ -187,7 +204,7 @@ class Reinforcement(Learning):
                     for one, value in zip(group.rollouts, values, strict=True)
                 ]
             )
-        return rewards_PG, paid
+        return Pay(rewards_PG, advantages.same_P, paid)
 
     def counts(self, finished: bool, advantage: float) -> bool:
         masked = self.preset.overlong == "mask" and not finished
@@ -217,6 +234,10 @@ class Reinforcement(Learning):
     def one_update(
         self, part: list[Paid], old: list[Tensor] | None
     ) -> tuple[float, float, PolicyMeasures, int, float]:
+        """One step of the optimizer. ``old``: log-probabilities for each micro-batch by the weights
+        that the batch's first update began with; None where this is the only one. Gives the loss,
+        the gradient's norm, measures, how many tokens counted and the sum of their entropies in
+        nats."""
         batches = self.cut(part)
         counted = sum(int(rows.mask_BT.sum()) for rows in batches)
         totals = Totals(
@@ -280,30 +301,39 @@ class Reinforcement(Learning):
 
     # -- what is told ------------------------------------------------------------------------------
 
-    def keep(self, asked: Sequence[Group], paid: list[list[Paid]]) -> None:
-        """Some rollouts of the step, right ones and wrong ones, for people to read."""
-        advantages = {id(one.rollout): one.advantage for group in paid for one in group}
-        lines: Iterator[tuple[Group, int]] = (
-            (group, number)
+    def keep(self, asked: Sequence[Group], pay: Pay) -> None:
+        """Some rollouts of the step for people to read: a right one and a wrong one in turn, while
+        there are both, of as many groups as there are."""
+        advantages = {id(one.rollout): one.advantage for group in pay.paid for one in group}
+        answers = [
+            (group.question, group.rollouts[number], pay.rewards_PG[row, number].item())
             for number in range(self.preset.group_size)
-            for group in asked[: self.stage.kept_rollouts]
-        )
-        for _, (group, number) in zip(range(self.stage.kept_rollouts), lines, strict=False):
-            rollout = group.rollouts[number]
-            place = {"step": self.state.run_step + 1, "stage": self.stage.name}
+            for row, group in enumerate(asked)
+        ]
+        right = [one for one in answers if one[1].verdict.reward == 1]
+        wrong = [one for one in answers if one[1].verdict.reward != 1]
+        in_turn = (one for pair in zip_longest(right, wrong) for one in pair if one is not None)
+        place = {"step": self.state.run_step + 1, "stage": self.stage.name}
+        for question, rollout, reward in islice(in_turn, self.stage.kept_rollouts):
             advantage = advantages.get(id(rollout), 0.0)
-            self.rollouts.append(place | kept_record(rollout, group.question, advantage))
+            record = kept_record(rollout, question, self.scene.asker, reward, advantage)
+            self.rollouts.append(place | record)
 
 
 def resolved(stage: RlStage) -> Preset:
     """The stage's preset with what the stage says itself."""
     preset = PRESETS[stage.preset]
     loss = {key: value for key, value in stage.loss.model_dump().items() if value is not None}
-    if stage.lag and stage.temperature != 1:
-        raise RecipeError(
-            f"stage {stage.name}: lag = 1 weighs answers by how likely the sampler found them, and "
-            f"that is known at temperature 1, not {stage.temperature}: set it to 1, or lag to 0"
-        )
+    if stage.temperature != 1:
+        weighing = {"lag = 1": stage.lag}
+        for name in ("importance_cap", "drop_beyond"):
+            weighing[f"loss.{name}"] = loss.get(name, getattr(preset.loss, name))
+        if wanted := [name for name, value in weighing.items() if value]:
+            raise RecipeError(
+                f"stage {stage.name}: {' and '.join(wanted)} ask how likely the sampler found its "
+                f"answers, which is known at temperature 1, not {stage.temperature}: set it to 1, "
+                "or leave that out"
+            )
     if stage.lag and preset.loss.importance_cap is None:
         loss = {"importance_cap": IMPORTANCE_CAP} | loss
     own: dict[str, Any] = {

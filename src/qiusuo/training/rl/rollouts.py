@@ -98,15 +98,18 @@ def _judged(
     )
 
 
-def kept_record(rollout: Rollout, question: Question, advantage: float) -> dict[str, Any]:
-    """A line of the run's rollouts.jsonl."""
+def kept_record(
+    rollout: Rollout, question: Question, asker: Asker, reward: float, advantage: float
+) -> dict[str, Any]:
+    """A line of the run's rollouts.jsonl. ``reward``: what was paid, all in all."""
     problem, verdict = question.problem, rollout.verdict
     return {
         "task": problem.task,
         "difficulty": problem.difficulty,
-        "prompt": problem.prompt,
+        "prompt": asker.text(problem),
         "response": rollout.response,
-        "reward": verdict.reward,
+        "reward": reward,
+        "right": verdict.reward == 1,
         "answer": verdict.answer,
         "reason": verdict.reason,
         "tokens": len(rollout.answer),

@@ -26,6 +26,7 @@ from torch import Tensor
 from qiusuo.evaluation.asking import Asker
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
+from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.rl.asking import Asking, packed
 from qiusuo.training.rl.policy_presets import Preset
 from qiusuo.training.rl.questions import Questions
@@ -133,6 +134,8 @@ def _listen(connection: Connection, wanted: queue.SimpleQueue[Any]) -> None:
 def _serve(connection: Connection, wanted: queue.SimpleQueue[Any], memory: int) -> None:
     setup: Setup = wanted.get()
     torch.set_num_threads(setup.threads)
+    torch.set_flush_denormal(True)  # as where the weights are trained (train.py)
+    keep_freed_memory()
     weights = tensors_in(mmap.mmap(memory, size_of(setup.layout)), setup.layout)
     model = in_dtype(Transformer(setup.config).to(setup.device), setup.dtype)
     lm = sampler_of(model, None, answers=setup.answers, tokens=setup.tokens)

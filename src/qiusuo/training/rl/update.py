@@ -46,6 +46,9 @@ class Rows(NamedTuple):
 
 
 def rows_of(batch: Sequence[Paid], replay: bool, device: torch.device) -> Rows:
+    """The rollouts as padded rows, in their order, on ``device``. ``replay``: with the experts that
+    were chosen when they were sampled (−1 in the padding). One that is not ``counted`` has no
+    labels."""
     longest = max(len(one.rollout.prompt) + len(one.rollout.answer) for one in batch) - 1
     inputs_BT = torch.zeros(len(batch), longest, dtype=torch.long)
     labels_BT = torch.full((len(batch), longest), IGNORE)
