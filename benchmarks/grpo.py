@@ -49,6 +49,7 @@ sources = [{{ task = {{ task = "chains", difficulties = [2, 3, 4, 5] }}, thought
 OURS = """
 name = "grpo-benchmark"
 base = "{model}"
+license = "mit"
 [[stages]]
 kind = "rl"
 steps = {steps}

@@ -288,14 +288,16 @@ def test_a_stage_that_has_reached_its_goal_ends(taught: Path, tmp_path: Path) ->
 
 
 def test_rewards_teach(taught: Path, tmp_path: Path) -> None:
-    """Short answers are right as often as long ones, but with a limit only they are finished."""
+    """Short answers are right as often as long ones, but only they are finished in time: after a few
+    steps nearly all are."""
     stage = tasks.rl(
-        steps=25, prompts=8, max_tokens=4, overlong="reward",
+        steps=16, prompts=8, max_tokens=4, overlong="reward",
         optimizer={"adamw_learning_rate": 3e-3},
     )  # fmt: skip
     assert lives.live(tasks.recipe(stage, base=taught), tmp_path / "run")
-    passed = [record["pass_at_1"] for record in of_kind(tmp_path / "run", "rollout")]
-    assert sum(passed[-5:]) / 5 > sum(passed[:5]) / 5 + 0.1
+    cut = [record["overlong_share"] for record in of_kind(tmp_path / "run", "rollout")]
+    assert sum(cut[:2]) / 2 > 0.2
+    assert sum(cut[-6:]) / 6 < 0.1
 
 
 # An adapter
