@@ -288,8 +288,8 @@ def test_a_stage_that_has_reached_its_goal_ends(taught: Path, tmp_path: Path) ->
 
 
 def test_rewards_teach(taught: Path, tmp_path: Path) -> None:
-    """Short answers are right as often as long ones, but only they are finished in time: after a few
-    steps nearly all are."""
+    """Short answers are right as often as long ones, but only they are finished in time: soon
+    nearly all are."""
     stage = tasks.rl(
         steps=16, prompts=8, max_tokens=4, overlong="reward",
         optimizer={"adamw_learning_rate": 3e-3},
