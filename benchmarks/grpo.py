@@ -144,8 +144,8 @@ def live(run: Path, recipe: str, threads: int) -> None:
     file = run.with_suffix(".toml")
     file.write_text(recipe)
     command = [sys.executable, "-m", "qiusuo", "train", str(file), "--run", str(run)]
-    quiet = {"stdout": subprocess.DEVNULL}
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **quiet)
+    own = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, check=True, env=own, stdout=subprocess.DEVNULL)
 
 
 def run_trl(options: argparse.Namespace, model: Path) -> dict[str, Any]:
