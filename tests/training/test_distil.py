@@ -20,7 +20,7 @@ from qiusuo.data.errors import DataError
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
-from qiusuo.training.beginning import attach_adapter, build_model
+from qiusuo.training.beginning import attach_adapter, build_model, last_state, state_at_end
 from qiusuo.training.distil import Distilling
 from qiusuo.training.distil_on_policy import OnPolicy
 from qiusuo.training.distributions import (
@@ -30,7 +30,7 @@ from qiusuo.training.distributions import (
     write_index,
     write_shard,
 )
-from qiusuo.training.life import StageLife, last_state, state_at_end
+from qiusuo.training.life import StageLife
 from qiusuo.training.named_models import named_model
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe
 from qiusuo.training.scene import Scene

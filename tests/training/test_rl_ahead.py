@@ -123,7 +123,7 @@ def test_a_step_learns_from_answers_of_the_weights_two_updates_ago(
     model = copy.deepcopy(work.state.model)
     for module in model.modules():
         module._forward_hooks.clear()  # the adapter's: its weights come merged
-    speaker = Speaker(model, None, None, torch.float32, answers=12, tokens=64)
+    speaker = Speaker(model, None, None, torch.float32, answers=12, max_tokens=64)
     end = work.scene.tokenizer.eos_id
 
     def said(step: int, updates: int) -> list[list[int]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
+from qiusuo.checkpoint.training_state import load_state
 from qiusuo.data.example_loader import ExampleLoader
 from qiusuo.data.loader import Loader
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.durable import read_json, write_json
+from qiusuo.runs.folder import RunFolder
 from qiusuo.training.expert_selection import ExpertSelection, select_experts, train_only
 from qiusuo.training.lora import LoRA
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.recipe import Recipe, RecipeError
-from qiusuo.training.scene import Scene
+from qiusuo.training.scene import Scene, TrainingError
 from qiusuo.training.state import Feed, StageState
 
 SELECTION = "experts.json"  # in the run folder: which experts esft trains
@@ -76,3 +80,20 @@ def stage_state(scene: Scene, feed: Feed) -> StageState:
     adapter = () if scene.adapter is None else scene.adapter.parameters()
     optimizers = build_optimizers(scene.model, stage.optimizer, adapter)
     return StageState(scene.model, optimizers, feed, stage.name, stage.steps, adapter=scene.adapter)
+
+
+def last_state(run: RunFolder) -> dict[str, Any] | None:
+    latest = run.latest_checkpoint()
+    return None if latest is None else load_state(latest[1])
+
+
+def state_at_end(run: RunFolder, checkpoint: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What an earlier stage ended with."""
+    step = checkpoint["ends"].get(stage)
+    folder = dict(run.checkpoints()).get(step)
+    if folder is None:
+        raise TrainingError(
+            f"{run.path} no longer holds the end of stage {stage!r}: put its folder back into "
+            "checkpoints, or live the recipe in a new run"
+        )
+    return load_state(folder)

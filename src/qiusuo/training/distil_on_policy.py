@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +25,11 @@ from qiusuo.training.example_rows import longest_first
 from qiusuo.training.named_models import named_model, same_vocabulary
 from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rollouts import Group, Rollout, kept_record, roll_out
+from qiusuo.training.rl.telling import told_of
 from qiusuo.training.rl.update import Paid, Rows, rows_of
 from qiusuo.training.scene import Scene
 from qiusuo.training.seeds import seed_of
-from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
+from qiusuo.training.speaking import Speaker
 from qiusuo.training.stages import OnPolicyStage, TeacherSection
 from qiusuo.training.steps import Learning, StepResult
 
@@ -75,7 +75,7 @@ class OnPolicy(Learning):
             scene.adapter,
             self.dtype,
             answers=stage.prompts * stage.answers,
-            tokens=PROMPT_TOKENS + stage.max_tokens,
+            max_tokens=stage.max_tokens,
         )
         self.rollouts = scene.run.open_rollouts()
 
@@ -181,24 +181,15 @@ class OnPolicy(Learning):
         self, groups: Sequence[Group], far: dict[int, float], rolling: float, learning: float
     ) -> None:
         place = {"stage": self.stage.name, "step": self.state.run_step + 1}
-        passed: dict[str, list[float]] = defaultdict(list)
         divergences: dict[str, list[float]] = defaultdict(list)
         for group in groups:
             problem = group.question.problem
             name = f"{problem.task}/{problem.difficulty}"
-            passed[name].append(group.passed)
             divergences[name] += [far[id(one)] for one in group.rollouts]
-        rollouts = [one for group in groups for one in group.rollouts]
-        told: dict[str, Any] = {
+        told = told_of(groups, self.stage.answers) | {
             "kind": "rollout",
             **place,
             "reward": fmean(group.passed for group in groups),
-            "pass_at_1": fmean(group.passed for group in groups),
-            "pass_at_k": fmean(group.passed > 0 for group in groups),
-            "k": self.stage.answers,
-            "length": fmean(len(one.answer) for one in rollouts),
-            "overlong_share": fmean(not one.finished for one in rollouts),
-            "by_task": {name: fmean(rates) for name, rates in sorted(passed.items())},
             "divergence": {name: fmean(sums) for name, sums in sorted(divergences.items())},
             "rollout_seconds": rolling,
             "update_seconds": learning,

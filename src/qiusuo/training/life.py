@@ -8,16 +8,15 @@ import time
 from types import FrameType
 from typing import Any
 
-from qiusuo.checkpoint.training_state import load_state
 from qiusuo.runs.console import LiveView
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
-from qiusuo.training.beginning import attach_adapter, build_model
+from qiusuo.training.beginning import attach_adapter, build_model, last_state, state_at_end
 from qiusuo.training.finish import draw_report, finish_run
 from qiusuo.training.kinds import work_of
 from qiusuo.training.looks import TaskLook, check_prompts, write_samples
 from qiusuo.training.recipe import Recipe, earlier_stages
-from qiusuo.training.scene import Scene, TrainingError
+from qiusuo.training.scene import Scene
 from qiusuo.training.stages import SampleStage, Stage, TeachStage
 from qiusuo.training.state import take_weights
 from qiusuo.training.steps import PACE_STEPS
@@ -149,23 +148,6 @@ class StageLife:
         asked_for = {name for stage in self.recipe.stages for _, name in earlier_stages(stage)}
         kept = [step for name, step in state.ends.items() if name in asked_for]
         self.run.prune(keep=2, protect=kept)
-
-
-def last_state(run: RunFolder) -> dict[str, Any] | None:
-    latest = run.latest_checkpoint()
-    return None if latest is None else load_state(latest[1])
-
-
-def state_at_end(run: RunFolder, checkpoint: dict[str, Any], stage: str) -> dict[str, Any]:
-    """What an earlier stage ended with."""
-    step = checkpoint["ends"].get(stage)
-    folder = dict(run.checkpoints()).get(step)
-    if folder is None:
-        raise TrainingError(
-            f"{run.path} no longer holds the end of stage {stage!r}: put its folder back into "
-            "checkpoints, or live the recipe in a new run"
-        )
-    return load_state(folder)
 
 
 class _Stop:

@@ -22,7 +22,7 @@ from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
 from qiusuo.training.sections import SamplesSection, TaskEntry
 from qiusuo.training.sft import Solutions
-from qiusuo.training.speaking import PROMPT_TOKENS, Speaker, spoken_dtype
+from qiusuo.training.speaking import Speaker, spoken_dtype
 from qiusuo.training.stages import Stage
 
 ANSWERS = 512  # known answers whose loss is told, of each task
@@ -79,7 +79,7 @@ class TaskLook:
                 scene.adapter,
                 spoken_dtype(scene.model),
                 answers=ANSWERS_AT_ONCE,
-                tokens=PROMPT_TOKENS + self.settings.max_tokens,
+                max_tokens=self.settings.max_tokens,
             )
         rates: dict[str, Any] = {}
         with self.speaker.speaking() as lm:

@@ -15,7 +15,7 @@ from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.transformer import Transformer
-from qiusuo.training.beginning import attach_adapter, build_model
+from qiusuo.training.beginning import attach_adapter, build_model, last_state, state_at_end
 from qiusuo.training.recipe import RecipeError
 from qiusuo.training.scene import Scene
 from qiusuo.training.speaking import in_dtype
@@ -66,8 +66,6 @@ def _told(tokenizer: Tokenizer) -> str:
 
 
 def _after_stage(scene: Scene[Any], stage: str) -> Transformer:
-    from qiusuo.training.life import last_state, state_at_end  # life imports all kinds of stages
-
     checkpoint = last_state(scene.run)
     if checkpoint is None:
         raise RecipeError(f"stage {scene.stage.name}: no stage of this run has ended yet")

@@ -26,7 +26,7 @@ from qiusuo.training.rl.questions import Questions
 from qiusuo.training.rl.rollouts import Group, Rollout, roll_out
 from qiusuo.training.scene import Scene
 from qiusuo.training.seeds import seed_of
-from qiusuo.training.speaking import PROMPT_TOKENS, Speaker, spoken_dtype
+from qiusuo.training.speaking import Speaker, spoken_dtype
 from qiusuo.training.stages import SampleStage
 from qiusuo.training.state import StageState
 
@@ -53,7 +53,7 @@ class Sampling:
             adapter,
             spoken_dtype(model),
             answers=stage.batch * stage.answers,
-            tokens=PROMPT_TOKENS + stage.max_tokens,
+            max_tokens=stage.max_tokens,
         )
         self.path = scene.traces_path(stage.name)
 

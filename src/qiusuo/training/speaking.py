@@ -32,8 +32,8 @@ def spoken_dtype(model: Transformer) -> torch.dtype:
 
 
 class Speaker:
-    """``answers`` of at most ``tokens`` tokens, prompts included, run side by side. Without a
-    tokenizer the engine gives tokens and no text, and is a third faster for it."""
+    """``answers`` of at most ``max_tokens`` tokens run side by side. Without a tokenizer the engine
+    gives tokens and no text, and is a third faster for it."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class Speaker:
         dtype: torch.dtype,
         *,
         answers: int,
-        tokens: int,
+        max_tokens: int,
     ) -> None:
         self.model, self.adapter = model, adapter
         self.own = dtype != torch.float32
         spoken = _copied(model, adapter, dtype) if self.own else model
-        self.lm = sampler_of(spoken, tokenizer, answers=answers, tokens=tokens)
+        self.lm = sampler_of(spoken, tokenizer, answers=answers, max_tokens=max_tokens)
 
     @contextmanager
     def speaking(self) -> Iterator[LanguageModel]:
@@ -69,11 +69,11 @@ class Speaker:
 
 
 def sampler_of(
-    model: Transformer, tokenizer: Tokenizer | None, *, answers: int, tokens: int
+    model: Transformer, tokenizer: Tokenizer | None, *, answers: int, max_tokens: int
 ) -> LanguageModel:
     """An engine on the model, with room for just that."""
     weight = model.model.embed_tokens.weight
-    pages = answers * (2 + tokens // PAGE_TOKENS)
+    pages = answers * (2 + (PROMPT_TOKENS + max_tokens) // PAGE_TOKENS)
     limits = Limits(
         cache_bytes=pages * PagedCache.page_bytes(model.config, weight.dtype),
         step_tokens=STEP_TOKENS,

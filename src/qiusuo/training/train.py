@@ -16,10 +16,11 @@ import torch
 from qiusuo.engine.loading import device_fault
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
+from qiusuo.training.beginning import last_state
 from qiusuo.training.finish import draw_report, mend_papers
 from qiusuo.training.given_tasks import check_task, stage_tasks
 from qiusuo.training.hardware import keep_freed_memory
-from qiusuo.training.life import StageLife, last_state
+from qiusuo.training.life import StageLife
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe
 from qiusuo.training.rl.reinforce import resolved
 from qiusuo.training.scene import TrainingError

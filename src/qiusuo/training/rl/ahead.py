@@ -35,7 +35,7 @@ from qiusuo.training.rl.sampling_process import (
     tensors_in,
 )
 from qiusuo.training.scene import Scene, TrainingError
-from qiusuo.training.speaking import PROMPT_TOKENS, weights_of
+from qiusuo.training.speaking import weights_of
 from qiusuo.training.stages import RlStage
 
 # Not multiprocessing's spawn: that runs the caller's script again, to find out what is in it.
@@ -170,7 +170,7 @@ def _setup(scene: Scene[RlStage], asking: Asking, dtype: torch.dtype, threads: i
         model.lm_head.weight.device,
         threads=threads,
         answers=stage.prompts * asking.preset.group_size,
-        tokens=PROMPT_TOKENS + stage.max_tokens,
+        max_tokens=stage.max_tokens,
     )
 
 

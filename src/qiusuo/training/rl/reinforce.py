@@ -40,7 +40,7 @@ from qiusuo.training.rl.telling import told_of, told_of_update, told_together
 from qiusuo.training.rl.update import Paid, Rows, row_logprobs, rows_of
 from qiusuo.training.scene import Scene
 from qiusuo.training.seeds import seed_of
-from qiusuo.training.speaking import PROMPT_TOKENS, Speaker
+from qiusuo.training.speaking import Speaker
 from qiusuo.training.stages import RlStage
 from qiusuo.training.steps import Learning, StepResult
 
@@ -89,7 +89,7 @@ class Reinforcement(Learning):
                 scene.adapter,
                 self.dtype,
                 answers=stage.prompts * self.preset.group_size,
-                tokens=PROMPT_TOKENS + stage.max_tokens,
+                max_tokens=stage.max_tokens,
             )
         self.rollouts = scene.run.open_rollouts()
 

@@ -40,7 +40,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What the process is told first. ``answers`` of at most ``tokens`` tokens run side by side."""
+    """What the process is told first. ``answers`` and ``max_tokens`` as ``Speaker`` has them."""
 
     stage: RlStage
     preset: Preset
@@ -53,7 +53,7 @@ class Setup:
     device: torch.device
     threads: int
     answers: int
-    tokens: int
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _serve(connection: Connection, wanted: queue.SimpleQueue[Any], memory: int) 
     keep_freed_memory()
     weights = tensors_in(mmap.mmap(memory, size_of(setup.layout)), setup.layout)
     model = in_dtype(Transformer(setup.config).to(setup.device), setup.dtype)
-    lm = sampler_of(model, None, answers=setup.answers, tokens=setup.tokens)
+    lm = sampler_of(model, None, answers=setup.answers, max_tokens=setup.max_tokens)
     stage = setup.stage
     questions = Questions(stage.tasks, stage.curriculum, setup.seed)
     asking = Asking(stage, setup.preset, setup.asker, questions, setup.seed, setup.replay)
