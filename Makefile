@@ -26,13 +26,14 @@ $(VENV)/bin/python:
 	  { echo "Qiusuo needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps hold what was installed: another pyproject or constraints installs again.
-$(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
+# The stamps hold what was installed: another pyproject, constraints or kernel installs again.
+NATIVE := $(wildcard native/*.cpp native/*.h)
+$(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@echo "Installing Qiusuo into $(VENV) (once; torch is large)"
 	$(PIP) -e '.[report,serve,constrain,tasks]'
 	@touch $@
 
-$(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@echo "Installing Qiusuo and its test tools into $(VENV) (once)"
 	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/.ready-run
@@ -45,4 +46,4 @@ web:  ## build the page's assets from web/ (needs Node; the built ones are in th
 	cd web && npm ci --silent && npm run check && npm run build
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info src/qiusuo/kernels/_native*

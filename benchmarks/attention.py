@@ -24,7 +24,7 @@ from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.families import config_from_hf
 from qiusuo.model.gqa import GroupedQueryAttention
-from qiusuo.model.groups import Seen
+from qiusuo.model.groups import Given
 from qiusuo.model.mla import MultiHeadLatentAttention
 
 ROUNDS = 9
@@ -81,7 +81,7 @@ def latent(dtype: torch.dtype) -> tuple[ModelConfig, Form, Form]:
             seen = cache[:, : context + tokens]
             q_nope = torch.randn(1, tokens, 16, 128).to(dtype)
             q_rope = torch.randn(1, tokens, 16, 64).to(dtype)
-            return attend(q_nope, q_rope, Seen(seen[..., :512], seen[..., 512:], seen), None)
+            return attend(q_nope, q_rope, Given(seen[..., :512], seen[..., 512:], seen), None)
 
         return form
 

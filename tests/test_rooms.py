@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "model": {"kernels"},
     "data": set(),
     "runs": set(),
-    "checkpoint": {"model", "data"},
+    "checkpoint": {"model", "kernels", "data"},
     "engine": {"model", "kernels", "checkpoint", "data"},
     "evaluation": {"engine", "tasks", "data", "version"},
     "training": {

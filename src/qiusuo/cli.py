@@ -36,6 +36,9 @@ ModelArgument = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; without it: as it was saved.")
 ]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help="Hold the weights in int8 or int4 (made each time it is loaded).")
+]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")]
 
 
@@ -181,6 +184,7 @@ def chat(
         Path | None, typer.Option(help="Keep what was read in this folder, over restarts.")
     ] = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model in the terminal."""
@@ -193,7 +197,8 @@ def chat(
     options |= {"top_p": top_p, "seed": seed}
     try:
         Sampling(**options)  # before minutes of loading
-        loaded = load_shown(model, dtype, device, limits_for(cache_gb, keep_prefixes), draft)
+        limits = limits_for(cache_gb, keep_prefixes)
+        loaded = load_shown(model, dtype, device, limits, draft, quantize)
         loaded.describe()  # makes the cache
     except ValueError as error:
         if isinstance(error, _mendable()):
@@ -237,6 +242,7 @@ def serve(
         list[str] | None, typer.Option(help="A web page's origin that may call (repeatable).")
     ] = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Serve models: the DeepSeek, OpenAI and Anthropic API, and a page to use and to watch them."""
@@ -252,6 +258,7 @@ def serve(
         runs=runs,
         origins=tuple(origin or ()),
         dtype=dtype,
+        quantize=quantize,
         device=device,
         draft=draft,
         limits=Limits(cache_bytes=cache, prefix_folder=keep_prefixes),
@@ -287,8 +294,31 @@ def export(
 
 
 @app.command()
-def doctor(model: ModelArgument) -> None:
-    """Examine a checkpoint: is it whole, does it fit together, does it run?"""
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="int8 or int4.")],
+) -> None:
+    """Write a model in 8 or 4 bits, to run faster and in less memory, without loading it whole."""
+    from qiusuo.checkpoint.open import open_checkpoint
+    from qiusuo.checkpoint.quantize import quantize_checkpoint
+    from qiusuo.terminal import show_progress, show_quantized
+
+    checkpoint = open_checkpoint(model)
+    with show_progress(out.name) as progress:
+        made = quantize_checkpoint(checkpoint, out, to, progress)
+    show_quantized(made)
+    typer.echo(f"{model} is in {out}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="As for `chat`; without it, only which kernels compute here."),
+    ] = None,
+) -> None:
+    """Examine a checkpoint: is it whole, does it fit together, does it run, and on what?"""
     from qiusuo.terminal import show_examination
 
     if not show_examination(model):
@@ -340,6 +370,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.checkpoint.files import CheckpointError
     from qiusuo.data.errors import DataError
     from qiusuo.evaluation.answers import EvaluationError
+    from qiusuo.kernels.native import KernelError
     from qiusuo.model.checks import ConfigError
     from qiusuo.runs.durable import RunError
     from qiusuo.server.failure import ServerError
@@ -352,6 +383,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         ConfigError,
         DataError,
         EvaluationError,
+        KernelError,
         RecipeError,
         RunError,
         ServerError,

@@ -60,6 +60,7 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; without it: as it was saved.")
     ] = None,
+    quantize: Annotated[str | None, typer.Option(help="Hold the weights in int8 or int4.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")] = "cpu",
 ) -> None:
     """Measure a model: accuracy and pass@k on tasks, bits per character of texts."""
@@ -86,14 +87,14 @@ def evaluate(
         assert url is not None
         subject, name = Server(url, model_name, key), model_name or url
     else:
-        subject, name = partial(_load, model, dtype, device), model
+        subject, name = partial(_load, model, dtype, device, quantize), model
     run(subject, name, [read_asked_task(one) for one in task or []], text or [], settings, out)
 
 
-def _load(model: str, dtype: str | None, device: str) -> LanguageModel:
+def _load(model: str, dtype: str | None, device: str, quantize: str | None) -> LanguageModel:
     from qiusuo.engine.loading import load
     from qiusuo.evaluation.command import MANY
     from qiusuo.terminal import show_progress
 
     with show_progress(f"loading {model}") as progress:
-        return load(model, dtype, device, progress, MANY)
+        return load(model, dtype, device, progress, MANY, quantize=quantize)

@@ -21,14 +21,15 @@ import torch.nn.functional as F
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
-from qiusuo.checkpoint.load import load_model, loaded_dtype
+from qiusuo.checkpoint.load import load_model, loaded_bytes
 from qiusuo.checkpoint.open import find_model, open_checkpoint
 from qiusuo.checkpoint.stored import Checkpoint, Progress, chunks
 from qiusuo.data.cache import show_bytes
 from qiusuo.data.errors import DataError
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.kernels.native import REMEDY, built_library, native
 from qiusuo.model.checks import ConfigError
-from qiusuo.model.cost import available_memory, measure, needed_bytes
+from qiusuo.model.cost import available_memory, measure
 from qiusuo.model.transformer import Transformer
 
 WHOLE_BYTES = 16 << 30  # beyond this, only the beginning of every tensor is read
@@ -111,6 +112,22 @@ def examine(examination: Examination) -> Iterator[Finding]:
             yield finding
         if examination.checkpoint is None or (check is _tensors and examination.faults):
             return
+
+
+def kernels_in_use() -> Finding:
+    """What computes on this machine's CPU: nothing of the checkpoint's, so not of its verdict.
+
+    Raises KernelError where QIUSUO_KERNELS asks for what is not to be had."""
+    library = native()
+    if library is not None:
+        whose = "shared with PyTorch" if library.shares_threads else "of their own"
+        text = f"native, {library.instructions}, {torch.get_num_threads()} threads {whose}"
+        return Finding(Mark.GOOD, "Kernels", text)
+    if built_library() is not None:
+        return Finding(Mark.GOOD, "Kernels", "reference, as QIUSUO_KERNELS asks")
+    lost = "answers come slower, and from int8 and int4 weights many times slower"
+    text = f"reference (PyTorch alone): the native ones were not built, so {lost}; {REMEDY}"
+    return Finding(Mark.REMARK, "Kernels", text)
 
 
 Check = Callable[[Examination], Iterator[Finding]]
@@ -257,8 +274,7 @@ def _forward(examination: Examination) -> Iterator[Finding]:
     checkpoint = _opened(examination)
     if any(fault.subject == "Numbers" for fault in examination.faults):
         return
-    needed = needed_bytes(checkpoint.config, loaded_dtype(checkpoint))
-    if needed > (free := available_memory()):
+    if (needed := loaded_bytes(checkpoint)) > (free := available_memory()):
         yield Finding(
             Mark.REMARK,
             "Forward pass",

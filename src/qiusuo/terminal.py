@@ -22,6 +22,7 @@ from qiusuo.runs.outcomes import accuracy_words, find_outcomes
 from qiusuo.runs.words import format_fact
 
 if TYPE_CHECKING:
+    from qiusuo.checkpoint.quantize import Made
     from qiusuo.checkpoint.stored import Checkpoint
     from qiusuo.engine.language_model import LanguageModel
     from qiusuo.engine.limits import Limits
@@ -80,6 +81,9 @@ def show_cost(model: str, context: int | None) -> None:
         stored = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         size = show_bytes(checkpoint.stored_bytes)
         table.add_row("Stored", f"{checkpoint.format}, {size}: {stored} tensors")
+        whole = cost.parameters + cost.mtp_parameters
+        if checkpoint.low_bit is not None:
+            table.add_row("Bits per weight", f"{8 * checkpoint.stored_bytes / whole:.2f}")
     table.add_row("Parameters", f"{cost.parameters:,}")
     if cost.mtp_parameters:
         table.add_row("MTP parameters", f"{cost.mtp_parameters:,}")
@@ -164,14 +168,33 @@ def describe_written(path: Path) -> str:
     return f": {show_bytes(checkpoint.stored_bytes)} of {stored}"
 
 
+def show_quantized(made: Made) -> None:
+    """What quantising saved and lost, by kind of tensor."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for title in ("numbers", "before", "after", "bits each", "largest error"):
+        table.add_column(title, justify="right")
+    table.add_column("of")
+    for kind, group in (*made.groups.items(), ("all", made.whole)):
+        row = kind, f"{group.numbers:,}", show_bytes(group.before), show_bytes(group.after)
+        worst = (f"{group.error:.2%}", group.worst) if group.error else ("none", "")
+        table.add_row(*row, f"{8 * group.after / group.numbers:.2f}", *worst)
+    Console().print(table)
+
+
 def load_shown(
-    model: str, dtype: str | None, device: str, limits: Limits, draft: str
+    model: str,
+    dtype: str | None,
+    device: str,
+    limits: Limits,
+    draft: str,
+    quantize: str | None,
 ) -> LanguageModel:
     """Load a model to talk with, with a progress bar."""
     from qiusuo.engine.loading import load
 
     with show_progress(f"loading {model}") as progress:
-        loaded = load(model, dtype, device, progress, limits, draft)
+        loaded = load(model, dtype, device, progress, limits, draft, quantize)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise CheckpointError(
             f"{model} has no chat template: it is a base model, which continues texts; in "
@@ -180,18 +203,28 @@ def load_shown(
     return loaded
 
 
-def show_examination(model: str) -> bool:
-    """Print the findings of an examination as they come, and its verdict; False for a fault."""
-    from qiusuo.doctor import Examination, Mark, examine
+def show_examination(model: str | None) -> bool:
+    """Print the findings of an examination as they come, and its verdict; False for a fault.
+    Without a model: only what computes on this machine."""
+    from qiusuo.doctor import Examination, Finding, Mark, examine, kernels_in_use
 
     console = Console(highlight=False)
     signs = {Mark.GOOD: "[green]✓[/green]", Mark.REMARK: "[yellow]![/yellow]"}
+
+    def show(found: Finding) -> None:
+        sign = signs.get(found.mark, "[red]✗[/red]")
+        text = escape(without_controls(f"{found.subject}: {found.text}"))
+        console.print(f"{sign} {text}", soft_wrap=True)
+
+    kernels = kernels_in_use()
+    if model is None:
+        show(kernels)
+        return True
     with show_progress(model) as progress:
         examination = Examination(model, progress)
         for found in examine(examination):
-            sign = signs.get(found.mark, "[red]✗[/red]")
-            text = escape(without_controls(f"{found.subject}: {found.text}"))
-            console.print(f"{sign} {text}", soft_wrap=True)
+            show(found)
+    show(kernels)
     console.print(f"\n{escape(without_controls(examination.verdict()))}", soft_wrap=True)
     return not examination.faults
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from qiusuo.kernels.rotation import rotate_pairs
 from qiusuo.model.families import config_from_hf
-from qiusuo.model.rope import frequencies, rotate_pairs, rotations
+from qiusuo.model.rope import frequencies, rotations
 from qiusuo.model.rope_scaling import YarnScaling
 from tests.model import oracle
 from tests.model.shapes import VARIANTS, tiny_config

@@ -62,4 +62,4 @@ def without_mtp(checkpoint: Checkpoint) -> Checkpoint:
     layers = config.num_hidden_layers
     tensors = {n: tensor for n, tensor in checkpoint.tensors.items() if layer_of(n) < layers}
     config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors, low_bit=None)

@@ -26,6 +26,7 @@ from qiusuo.checkpoint.fp8 import (
 )
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
 from qiusuo.checkpoint.load import check_copies, checkpoint_of, load_model
+from qiusuo.checkpoint.low_bit import open_low_bit, stored_bits
 from qiusuo.checkpoint.safetensors_format import FileTensor, Outgoing, read_header, write_file
 from qiusuo.checkpoint.stored import (
     DTYPES,
@@ -100,14 +101,19 @@ def open_huggingface(folder: str | Path) -> Checkpoint:
     generation = _read_generation(folder)
     config = _with_all_ends(config_from_hf(raw), generation, folder)
     found = {n: t for n, t in _find_tensors(folder).items() if not n.endswith(_DERIVED)}
-    tensors = pair_scales(found, raw.get("quantization_config"))
+    quantization, low_bit = raw.get("quantization_config"), None
+    if (bits := stored_bits(quantization)) is not None:
+        tensors, low_bit = open_low_bit(folder, found, config, bits)
+    else:
+        tensors = pair_scales(found, quantization)
     return Checkpoint(
         folder,
-        "Hugging Face",
+        "Hugging Face" if bits is None else f"int{bits}",
         config,
         tensors,
         lambda: _read_tokenizer(folder),
         _read_sampling(generation),
+        low_bit,
     )
 
 
@@ -157,7 +163,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer | None:
     return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _find_tensors(folder: Path) -> dict[str, FileTensor]:
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if index.is_file():
         weight_map = _read_index(index)
@@ -168,7 +174,7 @@ def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
             )
         return _sharded_tensors(folder, weight_map)
     if single.is_file():
-        return dict(read_header(single))
+        return read_header(single)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -193,7 +199,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _sharded_tensors(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+def _sharded_tensors(folder: Path, weight_map: dict[str, str]) -> dict[str, FileTensor]:
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
@@ -205,7 +211,7 @@ def _sharded_tensors(folder: Path, weight_map: dict[str, str]) -> dict[str, Stor
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
             raise CheckpointError(f"{folder / file} does not hold {name}, as {INDEX_FILE} says")
-    return dict(tensors)
+    return tensors
 
 
 # -- out ----------------------------------------------------------------------------------
@@ -235,7 +241,10 @@ def write_huggingface(
     check_copies(checkpoint, checkpoint.tensors)
     kind = kind or kept_kind(checkpoint.tensors[EMBEDDING].kind)
     with replacing_folder(folder) as draft:
-        _write_configs(draft, checkpoint, kind)
+        if kind == "F8_E4M3":
+            write_configs(draft, checkpoint, torch.bfloat16, QUANTIZATION_CONFIG)
+        else:
+            write_configs(draft, checkpoint, DTYPES[kind])
         outgoing = [piece for pair in _sources(checkpoint) for piece in _outgoing(*pair, kind)]
         _write_shards(draft, outgoing, shard_bytes, progress)
         if tokenizer is not None:
@@ -267,11 +276,16 @@ def _is_replaceable(path: Path) -> bool:
     return path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _REPLACEABLE)
 
 
-def _write_configs(folder: Path, checkpoint: Checkpoint, kind: str) -> None:
-    dtype = torch.bfloat16 if kind == "F8_E4M3" else DTYPES[kind]
+def write_configs(
+    folder: Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """config.json and generation_config.json. ``dtype``: of what is not quantised."""
     config = checkpoint.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    if kind == "F8_E4M3":
-        config["quantization_config"] = QUANTIZATION_CONFIG
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     _write_json(folder / "config.json", config)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / GENERATION_FILE, special | dict(checkpoint.sampling))

@@ -1,12 +1,14 @@
 """From a checkpoint to a model in memory, and back to a checkpoint without a file.
 
 Loading allocates the model once, in its final type, and fills it a few rows at a time; the peak is
-the final weights and a few megabytes. Everything that can be refused is refused before that.
+the final weights and a few megabytes. Everything that can be refused is refused before that. A
+quantised folder is not even copied: its file is mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_inventory
+from qiusuo.checkpoint.low_bit import in_memory, quantized_rows
 from qiusuo.checkpoint.stored import (
     DTYPES,
     NO_SAMPLING,
@@ -27,6 +30,7 @@ from qiusuo.checkpoint.stored import (
 )
 from qiusuo.checkpoint.tensors import (
     EMBEDDING,
+    Part,
     copies,
     disk_layout,
     memory_state,
@@ -35,7 +39,9 @@ from qiusuo.checkpoint.tensors import (
 )
 from qiusuo.data.cache import show_bytes
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.model.cost import ROUTER_BIAS, available_memory, meta_model, needed_bytes
+from qiusuo.kernels.low_bit import LowBit
+from qiusuo.model.cost import available_memory, held_tensors, meta_model, needed_bytes
+from qiusuo.model.low_bit import CODES, SCALES, low_bit_weights, make_low_bit, stem
 from qiusuo.model.transformer import Transformer
 
 
@@ -45,41 +51,101 @@ def loaded_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[kept_kind(checkpoint.tensors[EMBEDDING].kind)]
 
 
+def loaded_bits(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, bits: int | None = None
+) -> int | None:
+    """Of the weights once loaded, None for plain numbers: as asked, or as a quantised folder has
+    them where no type is asked for. CheckpointError for one of other bits than are asked for."""
+    stored = None if checkpoint.low_bit is None else checkpoint.low_bit.bits
+    if bits is None:
+        return stored if dtype is None else None
+    if stored not in (None, bits):
+        raise CheckpointError(
+            f"{checkpoint.place} is quantised to int{stored} already, and what was rounded once is "
+            f"not rounded again: for int{bits} take the model that it was made from"
+        )
+    return bits
+
+
+def loaded_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, bits: int | None = None
+) -> int:
+    """Memory that ``load_model`` needs. Mapped pages count as others do: those that are in memory
+    already, in the system's cache or for another process, are free memory to the system too."""
+    kind = dtype or _rest_dtype(checkpoint, bits)
+    return needed_bytes(checkpoint.config, kind, loaded_bits(checkpoint, dtype, bits))
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Transformer:
-    """``dtype=None``: see ``loaded_dtype``. Raises CheckpointError for a checkpoint that
-    contradicts its config, where the machine has not the memory for it, and for a number that is
-    too large for ``dtype``."""
+    """``dtype=None``: see ``loaded_dtype``. ``bits``: 8 or 4 keeps the weights in so many, and the
+    rest (and what is computed) in ``dtype``, bfloat16 if that is None; a quantised folder with
+    neither is taken as it is, with a ``dtype`` alone it is made plain numbers. Raises
+    CheckpointError for a checkpoint that contradicts its config, where the machine has not the
+    memory for it, and for a number that is too large for ``dtype`` or for low bits."""
     check_inventory(checkpoint)
-    dtype = dtype or loaded_dtype(checkpoint)
-    device, config = torch.device(device), checkpoint.config
-    shapes = meta_state(config)
-    types = {name: torch.float32 if name.endswith(ROUTER_BIAS) else dtype for name in shapes}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    needed = needed_bytes(config, dtype)
+    device, needed = torch.device(device), loaded_bytes(checkpoint, dtype, bits)
+    bits, dtype = loaded_bits(checkpoint, dtype, bits), dtype or _rest_dtype(checkpoint, bits)
     if device.type == "cpu":
-        _check_memory(checkpoint, dtype, needed)
-    state = {
-        name: torch.empty(meta.shape, dtype=types[name], device=device)
-        for name, meta in shapes.items()
-    }
-    done = 0
-    for name, part in disk_layout(config, state):
-        target = part.of(state)
-        source = checkpoint.tensors[name]
+        _check_memory(checkpoint, dtype, bits, needed)
+    if checkpoint.low_bit is not None and bits is not None:
+        held = held_tensors(checkpoint.config, dtype, bits)
+        mapped = checkpoint.low_bit.mapped()
+        state = {name: mapped[name].to(device, meta.dtype) for name, meta in held.items()}
+        if progress is not None:
+            progress(needed, needed)
+        return _assembled(checkpoint, state, bits)
+    state = _filled(checkpoint, dtype, bits, device, progress)
+    originals = checkpoint.tensors
+    if bits is None:
+        originals = {name: MemoryTensor(name, held) for name, held in state.items()}
+    check_copies(checkpoint, originals)
+    return _assembled(checkpoint, state, bits)
+
+
+def _rest_dtype(checkpoint: Checkpoint, bits: int | None) -> torch.dtype:
+    return loaded_dtype(checkpoint) if bits is None else torch.bfloat16
+
+
+def _filled(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    bits: int | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """The state dict of a new model, a few rows of the checkpoint at a time."""
+    config, plain = checkpoint.config, meta_state(checkpoint.config)
+    held = held_tensors(config, dtype, bits)
+    low = {} if bits is None else low_bit_weights(meta_model(config), bits)
+    state = {name: torch.empty_like(meta, device=device) for name, meta in held.items()}
+    done, total = 0, sum(tensor.nbytes for tensor in state.values())
+    for name, part in disk_layout(config, plain):
+        source, packed = checkpoint.tensors[name], low.get(part.name)
         for start, rows in chunks(source):
-            target[start : start + len(rows)].copy_(narrowed(rows, target.dtype, source.place))
-            done += rows.numel() * target.itemsize
+            where = slice(start, start + len(rows))
+            if packed is None:
+                kept = narrowed(rows, held[part.name].dtype, source.place)
+                part.of(state)[where].copy_(kept)
+                done += kept.nbytes
+            else:
+                found = quantized_rows(rows, packed, source.place)
+                _put(state, part, where, found)
+                done += found.nbytes
             if progress is not None:
-                progress(done, needed)
-    check_copies(checkpoint, {name: MemoryTensor(name, held) for name, held in state.items()})
-    return _assembled(checkpoint, state)
+                progress(done, total)
+    return state
+
+
+def _put(state: dict[str, Tensor], part: Part, rows: slice, found: LowBit) -> None:
+    for end, content in ((CODES, found.codes), (SCALES, found.scales)):
+        replace(part, name=stem(part.name) + end).of(state)[rows].copy_(content)
 
 
 def checkpoint_of(
@@ -88,10 +154,8 @@ def checkpoint_of(
     sampling: Mapping[str, float] = NO_SAMPLING,
 ) -> Checkpoint:
     """A model in memory as the writers want it."""
-    state = memory_state(model)
-    layout = {name: part.of(state) for name, part in disk_layout(model.config, state)}
-    layout |= {name: state[original] for name, original in mtp_copies(model.config)}
-    tensors: dict[str, StoredTensor] = {n: MemoryTensor(n, tensor) for n, tensor in layout.items()}
+    tensors = in_memory(model.config, memory_state(model))
+    tensors |= {name: tensors[original] for name, original in mtp_copies(model.config)}
     place = Path("the model")
     return Checkpoint(place, "memory", model.config, tensors, lambda: tokenizer, sampling)
 
@@ -116,18 +180,24 @@ def _bits(rows: Tensor) -> Tensor:
     return rows.contiguous().view(torch.uint8)  # NaN is equal to itself here
 
 
-def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, needed: int) -> None:
+def _check_memory(
+    checkpoint: Checkpoint, dtype: torch.dtype, bits: int | None, needed: int
+) -> None:
     free = available_memory()
     if needed > free:
+        kind = str(dtype).removeprefix("torch.") if bits is None else f"int{bits}"
+        remedy = "a smaller dtype, " if bits is None else ""
         raise CheckpointError(
-            f"{checkpoint.place} needs {show_bytes(needed)} of memory in "
-            f"{str(dtype).removeprefix('torch.')}, and {show_bytes(free)} are free: close other "
-            "programs, choose a smaller dtype or a smaller model"
+            f"{checkpoint.place} needs {show_bytes(needed)} of memory in {kind}, and "
+            f"{show_bytes(free)} are free: close other programs, choose {remedy}int4 "
+            "(qiusuo quantize) or a smaller model"
         )
 
 
-def _assembled(checkpoint: Checkpoint, state: dict[str, Tensor]) -> Transformer:
+def _assembled(checkpoint: Checkpoint, state: dict[str, Tensor], bits: int | None) -> Transformer:
     model = meta_model(checkpoint.config)
+    if bits is not None:
+        make_low_bit(model, bits)
     if checkpoint.config.tie_word_embeddings:
         state = state | {"lm_head.weight": state[EMBEDDING]}
     model.load_state_dict(state, assign=True, strict=True)

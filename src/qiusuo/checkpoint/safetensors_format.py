@@ -142,21 +142,35 @@ def _fill(file: BinaryIO, buffer: memoryview) -> bool:
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """A tensor to write: ``pieces`` gives its numbers in order, in the type of ``kind``."""
+class Planned:
+    """A tensor that a file will have."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[Tensor]]
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * FILE_DTYPES[self.kind].itemsize
 
 
+@dataclass(frozen=True)
+class Outgoing(Planned):
+    """A tensor to write: ``pieces`` gives its numbers in order, in the type of ``kind``."""
+
+    pieces: Callable[[], Iterable[Tensor]]
+
+
 def write_file(path: Path, tensors: Sequence[Outgoing], wrote: Callable[[int], None]) -> None:
     """Write one file; ``wrote`` is told of every piece's bytes. OSError where the disk refuses."""
+    with path.open("wb") as file:
+        file.write(encode_header(tensors))
+        for tensor in tensors:
+            _write_pieces(file, tensor, wrote)
+
+
+def encode_header(tensors: Sequence[Planned], multiple: int = 8) -> bytes:
+    """What stands before the tensors' numbers, which begin at a multiple of so many bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -165,11 +179,8 @@ def write_file(path: Path, tensors: Sequence[Outgoing], wrote: Callable[[int], N
         header[tensor.name] = entry
         start += tensor.bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            _write_pieces(file, tensor, wrote)
+    text += b" " * (-(8 + len(text)) % multiple)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _write_pieces(file: BinaryIO, tensor: Outgoing, wrote: Callable[[int], None]) -> None:

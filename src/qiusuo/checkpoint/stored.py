@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from qiusuo.checkpoint.low_bit import LowBitFile
 
 CHUNK_BYTES = 1 << 20  # as fast as 8 MB, and all that a reader and a writer hold of it is small
 NO_SAMPLING: Mapping[str, float] = MappingProxyType({})
@@ -49,14 +52,16 @@ class StoredTensor(Protocol):
 class Checkpoint:
     """``tensors`` under the names of a Hugging Face folder: experts apart, MTP copies included
     where stored. ``read_tokenizer`` gives None where there is none. ``sampling``: the temperature,
-    top_k and top_p that its makers recommend, as far as they say."""
+    top_k and top_p that its makers recommend, as far as they say. ``low_bit``: the file of a
+    quantised model, as a model in memory holds it; ``tensors`` then give the numbers meant."""
 
     place: Path
-    format: str  # "Hugging Face" or "GGUF"
+    format: str  # "Hugging Face", "GGUF" ...
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
     read_tokenizer: Callable[[], Tokenizer | None]
     sampling: Mapping[str, float] = field(default_factory=dict)
+    low_bit: LowBitFile | None = None
 
     @property
     def stored_bytes(self) -> int:

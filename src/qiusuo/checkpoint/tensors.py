@@ -28,7 +28,11 @@ class Part:
     index: tuple[int | slice, ...] = ()
 
     def of(self, state: dict[str, Tensor]) -> Tensor:
-        return state[self.name][self.index] if self.index else state[self.name]
+        return self.cut(state[self.name])
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This part of what stands under ``name``."""
+        return whole[self.index] if self.index else whole
 
 
 def meta_state(config: ModelConfig) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from qiusuo.engine.request import Request, RequestError, Sequence, check_tokens
 from qiusuo.engine.scheduler import Scheduler, Work
 from qiusuo.engine.writing import Writer
 from qiusuo.model.cost import available_memory
+from qiusuo.model.low_bit import is_low_bit
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.transformer import Transformer
 
@@ -173,6 +174,11 @@ class Engine:
         drawn from now on carry. Answers under way go on with what the cache holds of them; new
         requests find nothing in it."""
         own = self.model.state_dict()
+        if state and is_low_bit(self.model):
+            raise RequestError(
+                "the model is quantised, and its weights are not swapped: load it with a dtype, "
+                'such as "bfloat16"'
+            )
         for name, tensor in state.items():  # all or none
             if name not in own:
                 raise RequestError(f"the model has no {name}")

@@ -9,6 +9,7 @@ import torch
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.inventory import check_tokenizer
 from qiusuo.checkpoint.load import load_model
+from qiusuo.checkpoint.low_bit import BITS
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Progress
 from qiusuo.engine.language_model import DRAFTS, LanguageModel
@@ -22,22 +23,28 @@ def load(
     progress: Progress | None = None,
     limits: Limits | None = None,
     draft: str | Path | LanguageModel = "auto",
+    quantize: str | None = None,
 ) -> LanguageModel:
-    """Load a model: a folder in Hugging Face layout, a .gguf file, a run folder (its finished
-    model), or a name that was pulled.
+    """Load a model: a folder in Hugging Face layout or a quantised one, a .gguf file, a run folder
+    (its finished model), or a name that was pulled.
 
     ``dtype``: "float32", "bfloat16", "float16", or None for the type the weights were saved in
-    (bfloat16 for FP8 and quantised ones). ``draft``: as ``LanguageModel`` knows it, or another,
-    smaller model of the same vocabulary, named and loaded in the same way. CheckpointError for what
-    is not there, does not fit together or needs more memory than is free.
+    (bfloat16 for FP8 and quantised ones; a folder that `qiusuo quantize` made is run as it is, and
+    with a ``dtype`` becomes plain numbers). ``quantize``: "int8" or "int4" holds the weights in so
+    many bits, and ``dtype`` is then that of the rest and of what is computed, bfloat16 if None.
+    ``draft``: as ``LanguageModel`` knows it, or another, smaller model of the same vocabulary,
+    named and loaded in the same way, but not quantised. CheckpointError for what is not there, does
+    not fit together or needs more memory than is free.
     """
     if fault := device_fault(device):
         raise CheckpointError(fault)
-    wanted = _dtype(dtype)
+    if quantize is not None and quantize not in BITS:
+        raise CheckpointError(f"quantize {quantize!r} is not one of {', '.join(BITS)}")
+    wanted, bits = _dtype(dtype), None if quantize is None else BITS[quantize]
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.read_tokenizer()
     check_tokenizer(checkpoint, tokenizer)
-    model = load_model(checkpoint, dtype=wanted, device=device, progress=progress)
+    model = load_model(checkpoint, dtype=wanted, bits=bits, device=device, progress=progress)
     if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load(draft, dtype, device, progress, draft="none")
     return LanguageModel(model, tokenizer, limits, draft, checkpoint.sampling)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qiusuo.model.config import ModelConfig
-from qiusuo.model.groups import Seen
+from qiusuo.model.groups import Pages, Seen
 
 # L layers, p pages, s tokens of a page, Z numbers of a token and layer,
 # B sequences, T new tokens of each, S tokens that can be seen.
@@ -113,13 +114,12 @@ class PagedGroup:
         needed = self.cache.pages_for(self.seen)
         tables = [sequence.pages[:needed] for sequence in self.sequences]
         padded = [table + [table[0]] * (needed - len(table)) for table in tables]
-        pages_Bp = torch.tensor(padded, device=device)
-        place_BT = torch.tensor(lengths, device=device)[:, None] + torch.arange(
+        self.pages_Bp = torch.tensor(padded, device=device)
+        self.place_BT = torch.tensor(lengths, device=device)[:, None] + torch.arange(
             self.tokens, device=device
         )
-        page_BT = pages_Bp.gather(1, place_BT // size)
-        self.slots_N = (page_BT * size + place_BT % size).flatten()
-        self.pages_P = pages_Bp.flatten()
+        page_BT = self.pages_Bp.gather(1, self.place_BT // size)
+        self.slots_N = (page_BT * size + self.place_BT % size).flatten()
         self.first_page: int | None = None
         if self.batch == 1:
             first = tables[0][0]
@@ -127,7 +127,7 @@ class PagedGroup:
                 self.first_page = first
         elif min(lengths) < max(lengths):
             place_S = torch.arange(self.seen, device=device)
-            self.mask_BTS = place_S <= place_BT[..., None]
+            self.mask_BTS = place_S <= self.place_BT[..., None]
 
     @property
     def batch(self) -> int:
@@ -137,10 +137,38 @@ class PagedGroup:
         entries_psZ = self.cache.entries_LpsZ[layer]
         new_NZ = torch.cat((first_BTX, second_BTY), dim=-1).flatten(0, 1)
         entries_psZ.flatten(0, 1).index_copy_(0, self.slots_N, new_NZ.to(entries_psZ.dtype))
-        if self.first_page is not None:
-            seen_BSZ = entries_psZ[self.first_page :].flatten(0, 1)[None, : self.seen]
-        else:
-            seen_psZ = entries_psZ.index_select(0, self.pages_P)
-            seen_BSZ = seen_psZ.view(self.batch, -1, seen_psZ.shape[-1])[:, : self.seen]
-        width = self.cache.first_width
-        return Seen(seen_BSZ[..., :width], seen_BSZ[..., width:], seen_BSZ)
+        return PagedSeen(self, entries_psZ)
+
+    @cached_property
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """Page table [N, p] and lengths [N] of every new token."""
+        table_Np = self.pages_Bp.repeat_interleave(self.tokens, dim=0)
+        return table_Np, self.place_BT.flatten() + 1
+
+
+@dataclass
+class PagedSeen:
+    """A ``model.groups.Seen`` of one layer."""
+
+    group: PagedGroup
+    entries_psZ: Tensor
+
+    @property
+    def pages(self) -> Pages:
+        return Pages(self.entries_psZ, *self.group.queries)
+
+    @cached_property
+    def joined_BSZ(self) -> Tensor:
+        group = self.group
+        if group.first_page is not None:
+            return self.entries_psZ[group.first_page :].flatten(0, 1)[None, : group.seen]
+        seen_psZ = self.entries_psZ.index_select(0, group.pages_Bp.flatten())
+        return seen_psZ.view(group.batch, -1, seen_psZ.shape[-1])[:, : group.seen]
+
+    @property
+    def first_BSX(self) -> Tensor:
+        return self.joined_BSZ[..., : self.group.cache.first_width]
+
+    @property
+    def second_BSY(self) -> Tensor:
+        return self.joined_BSZ[..., self.group.cache.first_width :]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qiusuo.kernels.linear import FEW, few_rows, linear
+from qiusuo.kernels.linear import FEW, few_rows, linear, tiles_for
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.
@@ -49,6 +49,11 @@ def experts_grouped(
     device = x_MD.device.type
     if rows is not None:
         return _experts_in_blocks(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF, rows)
+    library = tiles_for(x_MD, gate_up_EGD)
+    if library is not None and down_EDF.is_contiguous():
+        weights32_MK = weights_MK.float().contiguous()
+        experts = ((gate_up_EGD, None), (down_EDF, None))
+        return library.experts(x_MD.contiguous(), weights32_MK, indices_MK.contiguous(), *experts)
     if len(x_MD) == 1 and device == "cpu" and not torch.is_grad_enabled():
         return _experts_of_one(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF)
     if torch.is_autocast_enabled(device):

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qiusuo.kernels.native import native_for
+
 # D width of the normalised axis.
 
 
@@ -26,6 +28,9 @@ def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As ``rms_norm_reference``, with a hand-written backward pass; without one, PyTorch's own."""
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_D.device.type):
+        library = native_for(x_D)
+        if library is not None and x_D.dtype is weight_D.dtype:
+            return library.rms_norm(x_D.contiguous(), weight_D, eps)
         return F.rms_norm(x_D, weight_D.shape, weight_D, eps)
     out_D: Tensor = _RMSNorm.apply(x_D, weight_D, eps)
     return out_D

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qiusuo.model.checks import ConfigError
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.deepseek_config import DeepseekConfig
+from qiusuo.model.low_bit import CODES, SCALES, make_low_bit
 from qiusuo.model.names import layer_of
 from qiusuo.model.transformer import Transformer
 
-ROUTER_BIAS = "e_score_correction_bias"  # float32 whatever the weights are
+ROUTER, ROUTER_BIAS = ".mlp.gate.weight", ".e_score_correction_bias"
 BYTES_PER_WEIGHT = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -75,15 +77,28 @@ def meta_model(config: ModelConfig) -> Transformer:
         raise ConfigError(f"no model can have the sizes of this config: {reason}") from error
 
 
-def needed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory of the weights as ``load_model`` holds them: router biases in float32, a tied head
-    not again."""
-    total = 0
-    for name, shape in meta_model(config).state_dict().items():
-        if name != "lm_head.weight" or not config.tie_word_embeddings:
-            kind = torch.float32 if name.endswith(ROUTER_BIAS) else dtype
-            total += shape.numel() * kind.itemsize
-    return total
+def held_tensors(
+    config: ModelConfig, dtype: torch.dtype, bits: int | None = None
+) -> dict[str, Tensor]:
+    """Every tensor as a loaded model holds it, on the meta device: router biases in float32
+    whatever ``dtype`` is, a tied head not again. With ``bits`` there are codes and scales in the
+    place of most weights, and routers are in float32 too: a rounded score is another expert."""
+    model = meta_model(config)
+    if bits is not None:
+        make_low_bit(model, bits)
+    exact = ROUTER_BIAS if bits is None else (ROUTER_BIAS, ROUTER)
+    held: dict[str, Tensor] = {}
+    for name, meta in model.state_dict().items():
+        if name.endswith((CODES, SCALES)):
+            held[name] = meta
+        elif name != "lm_head.weight" or not config.tie_word_embeddings:
+            held[name] = meta.to(torch.float32 if name.endswith(exact) else dtype)
+    return held
+
+
+def needed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int | None = None) -> int:
+    """Memory of the weights as ``load_model`` holds them."""
+    return sum(tensor.nbytes for tensor in held_tensors(config, dtype, bits).values())
 
 
 def measure(config: ModelConfig) -> Cost:

@@ -16,16 +16,42 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 # B sequences of a group, T new tokens of each, S tokens that can be seen, N tokens of the pass,
-# X and Y the widths in ``ModelConfig.cache_parts``, Z = X + Y.
+# X and Y the widths in ``ModelConfig.cache_parts``, Z = X + Y, p pages of s rows.
 
 
-class Seen(NamedTuple):
+class Pages(NamedTuple):
+    """Where the rows stand that each query of a group looks at, for kernels that walk them there.
+
+    ``entries``: a layer's rows, page by page; ``table``: the pages of each query's sequence, in
+    order; ``lengths``: how many rows of them it sees. Queries go by sequence, then by place."""
+
+    entries_psZ: Tensor
+    table_Np: Tensor
+    lengths_N: Tensor
+
+
+class Seen(Protocol):
     """What a group's queries look at in one layer: latents and rope keys in MLA, keys and values
-    elsewhere. ``joined_BSZ`` are both in one tensor, where they are kept so."""
+    elsewhere. ``joined_BSZ`` are both in one tensor, ``pages`` the rows in the cache's pages, each
+    where they are kept so. Rows that are spread over pages are brought together when asked for."""
+
+    @property
+    def first_BSX(self) -> Tensor: ...
+    @property
+    def second_BSY(self) -> Tensor: ...
+    @property
+    def joined_BSZ(self) -> Tensor | None: ...
+    @property
+    def pages(self) -> Pages | None: ...
+
+
+class Given(NamedTuple):
+    """``Seen`` of rows that nobody keeps."""
 
     first_BSX: Tensor
     second_BSY: Tensor
     joined_BSZ: Tensor | None = None
+    pages: Pages | None = None
 
 
 class Group(Protocol):
@@ -56,7 +82,7 @@ class Whole:
     absorbed: bool = False
 
     def extend(self, layer: int, first_BTX: Tensor, second_BTY: Tensor) -> Seen:
-        return Seen(first_BTX, second_BTY)
+        return Given(first_BTX, second_BTY)
 
 
 def cut(groups: Sequence[Group], *tensors: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:

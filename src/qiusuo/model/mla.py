@@ -24,10 +24,13 @@ from qiusuo.kernels.attention import (
     shared_key_attention,
     tiles_of_mask,
 )
+from qiusuo.kernels.latent_attention import latent_attention, walks_pages
+from qiusuo.kernels.low_bit import dequantize, dequantize_bf16
+from qiusuo.kernels.rotation import rotate_pairs
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
 from qiusuo.model.layers import Linear, RMSNorm
-from qiusuo.model.rope import rotate_pairs
+from qiusuo.model.low_bit import LowBitLinear
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
 # N nope width, R rope width, C latent width (kv_lora_rank), V value width, P = R/2.
@@ -115,7 +118,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, seen: Seen, queries: int, mask_BTS: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Keys and values a tile at a time: expanded, all of a long context would not fit."""
-        latent_BSC, k_rope_BSR, _ = seen
+        latent_BSC, k_rope_BSR = seen.first_BSX, seen.second_BSY
         keys, device = latent_BSC.shape[1], latent_BSC.device
         for tile, mask_BTs in tiles_of_mask(queries, keys, TILE, mask_BTS, device):
             yield (*self._expand(latent_BSC[:, tile], k_rope_BSR[:, tile]), mask_BTs)
@@ -132,6 +135,11 @@ class MultiHeadLatentAttention(nn.Module):
         to_key_HNC, to_value_HCV = self.absorbed or self._halves()
         q_latent_BTHC = _per_head(q_nope_BTHN, to_key_HNC)
         q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
+        pages = seen.pages
+        if pages is not None and walks_pages(q_BTHE, pages.entries_psZ, self.latent):
+            q_NHE = q_BTHE.flatten(0, 1)
+            out_NHC = latent_attention(q_NHE, *pages, self.latent, self.scale)
+            return _per_head(out_NHC.view_as(q_latent_BTHC), to_value_HCV)
         k_BSE = seen.joined_BSZ
         if k_BSE is None:
             k_BSE = torch.cat((seen.first_BSX, seen.second_BSY), -1)
@@ -141,14 +149,22 @@ class MultiHeadLatentAttention(nn.Module):
 
     def absorb(self) -> None:
         """Keep every head's two matrices laid out for the absorbed form. To be called again when
-        the weights have changed; without it they are views, which each product copies."""
+        the weights have changed; without it they are views, which each product copies. Those of
+        low bits are kept in the model's own type: no product takes the codes by columns."""
         to_key_HNC, to_value_HCV = self._halves()
         self.absorbed = to_key_HNC.detach().contiguous(), to_value_HCV.detach().contiguous()
 
     def _halves(self) -> tuple[Tensor, Tensor]:
-        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        kv_b_HXC = self._expanding().unflatten(0, (self.heads, -1))
         to_key_HNC, to_value_HVC = kv_b_HXC.split((self.nope, self.value), dim=1)
         return to_key_HNC, to_value_HVC.transpose(1, 2)
+
+    def _expanding(self) -> Tensor:
+        """``kv_b_proj``'s numbers."""
+        if isinstance(self.kv_b_proj, LowBitLinear):
+            codes, dtype = self.kv_b_proj.low_bit, self.kv_a_layernorm.weight.dtype
+            return dequantize_bf16(codes) if dtype is torch.bfloat16 else dequantize(codes, dtype)
+        return self.kv_b_proj.weight
 
 
 def _per_head(x_BTHI: Tensor, matrix_HIO: Tensor) -> Tensor:

@@ -12,25 +12,17 @@ router learns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from qiusuo.kernels.experts import experts_grouped
 from qiusuo.kernels.linear import linear
+from qiusuo.kernels.native import Choice
+from qiusuo.kernels.routing import Routing, choose_experts
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.layers import MLP
 
 # B batch, T tokens, M = B*T, D hidden, E experts, K experts per token, g groups.
-
-
-class Routing(NamedTuple):
-    """One MoE layer's choices: what balancing, replay and the report look at."""
-
-    scores_ME: Tensor  # float32, unbiased, before any choice
-    indices_MK: Tensor
-    weights_MK: Tensor  # float32
 
 
 class Router(nn.Module):
@@ -41,45 +33,25 @@ class Router(nn.Module):
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
-        self.config = config
+        sigmoid = config.scoring_func == "sigmoid"
+        self.choice = Choice(
+            experts=config.n_routed_experts,
+            groups=config.n_group,
+            kept_groups=config.topk_group,
+            per_token=config.num_experts_per_tok,
+            sigmoid=sigmoid,
+            normalized=config.norm_topk_prob,
+            scaling=config.routed_scaling_factor,
+        )
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        biased = config.scoring_func == "sigmoid"
-        bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None
+        bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32) if sigmoid else None
         self.register_buffer("e_score_correction_bias", bias_E)
 
     def forward(self, x_MD: Tensor, replayed_MK: Tensor | None = None) -> Routing:
         """``replayed``: take these experts instead, but where a row begins with −1."""
-        config = self.config
         with torch.autocast(x_MD.device.type, enabled=False):
             logits_ME = linear(x_MD.float(), self.weight.float(), rows=self.rows)
-        if config.scoring_func == "sigmoid":
-            scores_ME = logits_ME.sigmoid()
-        else:
-            scores_ME = logits_ME.softmax(-1)
-        indices_MK = self.choose(scores_ME.detach())
-        if replayed_MK is not None:
-            indices_MK = torch.where(replayed_MK[:, :1] < 0, indices_MK, replayed_MK.long())
-        weights_MK = scores_ME.gather(1, indices_MK)
-        if config.norm_topk_prob:
-            weights_MK = weights_MK / (weights_MK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(scores_ME, indices_MK, weights_MK * config.routed_scaling_factor)
-
-    def choose(self, scores_ME: Tensor) -> Tensor:
-        """Group-limited top-k [M, K] of the biased scores."""
-        config = self.config
-        if self.e_score_correction_bias is not None:
-            scores_ME = scores_ME + self.e_score_correction_bias
-        if config.topk_group < config.n_group:
-            scores_MgX = scores_ME.unflatten(-1, (config.n_group, -1))
-            if config.scoring_func == "sigmoid":
-                group_scores_Mg = scores_MgX.topk(2, dim=-1).values.sum(-1)
-            else:
-                group_scores_Mg = scores_MgX.amax(-1)
-            kept = group_scores_Mg.topk(config.topk_group, dim=-1).indices
-            dropped_Mg = torch.ones_like(group_scores_Mg, dtype=torch.bool).scatter_(1, kept, False)
-            # −inf, not 0: with negative biases a zero would win over an expert that was kept.
-            scores_ME = scores_MgX.masked_fill(dropped_Mg[..., None], float("-inf")).flatten(1)
-        return scores_ME.topk(config.num_experts_per_tok, dim=-1).indices
+        return choose_experts(logits_ME, self.e_score_correction_bias, self.choice, replayed_MK)
 
 
 class Experts(nn.Module):

@@ -66,15 +66,8 @@ def rotations(config: ModelConfig, positions_BT: Tensor) -> Tensor:
     return torch.polar(torch.full_like(angles_BTP, magnitude), angles_BTP)
 
 
-def rotate_pairs(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
-    """Turn adjacent elements of ``x`` [B, T, H, R]; in float32, returned in x's type."""
-    pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * turns_BTP.unsqueeze(-2)).flatten(-2)
-    return turned.to(x_BTHR.dtype)
-
-
 def rotate_halves(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
-    """As ``rotate_pairs`` where p is paired with p + R/2, as in Llama's and Qwen's."""
+    """Turn p with p + R/2, as Llama and Qwen do; in float32, returned in x's type."""
     first, second = x_BTHR.float().chunk(2, dim=-1)
     turned = torch.complex(first, second) * turns_BTP.unsqueeze(-2)
     return torch.cat((turned.real, turned.imag), dim=-1).to(x_BTHR.dtype)

@@ -18,6 +18,7 @@ from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.gqa import GroupedQueryAttention
 from qiusuo.model.groups import Group, Whole
 from qiusuo.model.layers import MLP, Linear, RMSNorm
+from qiusuo.model.low_bit import LowBitExperts, LowBitLinear
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, MoE, Router, Routing
 from qiusuo.model.rope import rotations
@@ -219,7 +220,7 @@ class Transformer(nn.Module):
         """Compute every product with weights for so many rows at a time (None: as they come), so
         that a token's result does not depend on what else is in the pass."""
         for module in self.modules():
-            if isinstance(module, Linear | Experts | Router):
+            if isinstance(module, Linear | Experts | Router | LowBitLinear | LowBitExperts):
                 module.rows = rows
 
     def routers(self) -> dict[int, Router]:

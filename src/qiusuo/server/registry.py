@@ -156,6 +156,7 @@ class Registry:
         lm = self._load(
             coming.source,
             dtype=settings.dtype,
+            quantize=settings.quantize,
             device=settings.device,
             progress=progress,
             limits=settings.limits,

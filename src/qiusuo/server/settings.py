@@ -38,6 +38,7 @@ class Settings:
     drain_seconds: float = 20.0
     origins: tuple[str, ...] = ()
     dtype: str | None = None
+    quantize: str | None = None
     device: str = "cpu"
     draft: str = "auto"
     limits: Limits = field(default_factory=Limits)

@@ -8,6 +8,7 @@ import torch
 
 from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
+from qiusuo.checkpoint.stored import Checkpoint
 from qiusuo.checkpoint.training_state import load_state
 from qiusuo.data.example_loader import ExampleLoader
 from qiusuo.data.loader import Loader
@@ -26,10 +27,22 @@ SELECTION = "experts.json"  # in the run folder: which experts esft trains
 SELECTION_BATCHES = 8
 
 
+def open_base(reference: str) -> Checkpoint:
+    """What a recipe begins with. RecipeError for a quantised model: training goes on with numbers,
+    and those of a few bits are not the ones that were learnt."""
+    checkpoint = open_checkpoint(reference)
+    if checkpoint.low_bit is not None:
+        raise RecipeError(
+            f"base {reference} is quantised to int{checkpoint.low_bit.bits} and cannot be trained: "
+            "begin with the model that it was made from"
+        )
+    return checkpoint
+
+
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
     """The base in float32, or the recipe's model with random weights from its seed."""
     if recipe.base is not None:
-        return load_model(open_checkpoint(recipe.base), dtype=torch.float32).train()
+        return load_model(open_base(recipe.base), dtype=torch.float32).train()
     config = recipe.model_for(
         tokenizer.vocab_size,
         bos_token_id=tokenizer.bos_id,

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from qiusuo.checkpoint.adapter_files import StoredAdapter, read_adapter, write_adapter
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.model.layers import Linear
+from qiusuo.model.low_bit import is_low_bit
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.name_patterns import named_by
 
@@ -59,6 +60,11 @@ class LoRALayer:
 def adaptable(model: Transformer) -> dict[str, Linear]:
     """Modules that can have an adapter: every projection but the head, whose weight the losses
     read past it. Routers and routed experts are no such modules."""
+    if is_low_bit(model):
+        raise CheckpointError(
+            "the model is quantised, and an adapter goes beside plain weights and into them: begin "
+            "with the model that it was made from"
+        )
     found = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
     found.pop("lm_head")
     return found

@@ -9,13 +9,13 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.data.cache import cache_folder
 from qiusuo.data.corpora import open_corpus
 from qiusuo.data.errors import DataError
 from qiusuo.data.json_lines import read_records
 from qiusuo.data.prepare import PreparedData, prepare_corpus
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.training.beginning import open_base
 from qiusuo.training.given_tasks import vocabulary_texts
 from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.stages import PretrainStage
@@ -72,7 +72,7 @@ def _learnt_by_first_stage(recipe: Recipe) -> bool:
 def _made(recipe: Recipe) -> Tokenizer:
     settings = recipe.tokenizer
     if recipe.base is not None:
-        tokenizer = open_checkpoint(recipe.base).read_tokenizer()
+        tokenizer = open_base(recipe.base).read_tokenizer()
         if tokenizer is None:
             raise RecipeError(f"base {recipe.base} has no tokenizer.json: it cannot be trained")
         return tokenizer

@@ -1,0 +1,35 @@
+// AVX-512 for a few rows, AMX from so many on that unpacking a weight pays.
+#include "amx_matmul.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+namespace {
+
+constexpr int64_t MANY = 12;        // rows of x
+constexpr int64_t MANY_PAIRS = 12;  // (token, expert) pairs for each expert, on average
+
+void linear(int bits, const Linear &call) {
+    if (call.kind != 1 || call.M < MANY) return avx512_kernels()->linear(bits, call);
+    amx_linear(bits, static_cast<const uint16_t *>(call.x), call.codes, call.scales, call.bias,
+               static_cast<uint16_t *>(call.out), call.M, call.O, call.I);
+}
+
+void experts(int bits, const Experts &call) {
+    if (call.kind != 1 || !call.indices || !call.weights || call.M * call.K < MANY_PAIRS * call.E)
+        return avx512_kernels()->experts(bits, call);
+    amx_experts(bits, static_cast<const uint16_t *>(call.x), call.indices, call.weights,
+                call.gate_up_codes, call.gate_up_scales, call.down_codes, call.down_scales,
+                static_cast<uint16_t *>(call.out), call.M, call.K, call.E, call.D, call.F);
+}
+
+}  // namespace
+
+const Kernels *amx_low_bit_kernels() {
+    if (!avx512_kernels() || !amx_matmul_takes()) return nullptr;
+    static const Kernels kernels = {"amx_bf16", linear, experts, avx512_kernels()->dequantize,
+                                    avx512_kernels()->quantize};
+    return &kernels;
+}
+#else
+const Kernels *amx_low_bit_kernels() { return nullptr; }
+#endif

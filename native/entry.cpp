@@ -1,0 +1,113 @@
+// The C interface, and which instruction set answers it.
+#include "amx_attention.h"
+#include "kernels.h"
+#include "small.h"
+#include "threads.h"
+
+namespace {
+
+// As the callers number them; null where this processor cannot.
+const Kernels *of_number(int isa) {
+    switch (isa) {
+        case 1: return portable_kernels();
+        case 2: return avx2_kernels();
+        case 3: return avx512_kernels();
+        case 4: return neon_kernels();
+        case 5: return amx_low_bit_kernels();
+    }
+    for (const int better : {5, 3, 2, 4})
+        if (const Kernels *kernels = of_number(better)) return kernels;
+    return portable_kernels();
+}
+
+const Kernels *kernels_of(int isa) {
+    static const Kernels *const known[6] = {of_number(0), of_number(1), of_number(2),
+                                            of_number(3), of_number(4), of_number(5)};
+    return isa >= 0 && isa < 6 ? known[isa] : nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+// isa: 0 the best of this processor, 1 portable, 2 AVX2, 3 AVX-512, 4 NEON, 5 AVX-512 and AMX.
+// "" where this processor has it not: nothing else may then be called with it.
+const char *qiusuo_instructions(int isa) {
+    const Kernels *kernels = kernels_of(isa);
+    return kernels ? kernels->name : "";
+}
+
+// GOMP_parallel of the OpenMP whose threads are to do the work; null for threads of our own.
+void qiusuo_use_threads(void *gomp_parallel) { use_threads_of(gomp_parallel); }
+
+// out [M, O] = x [M, I] · weightᵀ + bias.
+void qiusuo_linear(int isa, int bits, const void *x, int x_kind, const void *codes,
+                   const void *scales, const float *bias, void *out, int64_t M, int64_t O,
+                   int64_t I) {
+    kernels_of(isa)->linear(bits, {x, x_kind, static_cast<const uint8_t *>(codes),
+                                   static_cast<const uint16_t *>(scales), bias, out, M, O, I});
+}
+
+// out [M, D] = the sum over a token's K experts of weight · down(silu(gate x) · up x).
+void qiusuo_experts(int isa, int bits, const void *x, int x_kind, const int64_t *indices,
+                    const float *weights, const void *gate_up_codes, const void *gate_up_scales,
+                    const void *down_codes, const void *down_scales, void *out, int64_t M,
+                    int64_t K, int64_t E, int64_t D, int64_t F) {
+    kernels_of(isa)->experts(
+        bits, {x, x_kind, indices, weights, static_cast<const uint8_t *>(gate_up_codes),
+               static_cast<const uint16_t *>(gate_up_scales),
+               static_cast<const uint8_t *>(down_codes),
+               static_cast<const uint16_t *>(down_scales), out, M, K, E, D, F});
+}
+
+// out [rows, I] in bfloat16: the numbers that codes and scales mean.
+void qiusuo_dequantize(int isa, int bits, const void *codes, const void *scales, void *out,
+                       int64_t rows, int64_t I) {
+    kernels_of(isa)->dequantize(
+        bits, {nullptr, 1, static_cast<uint8_t *>(const_cast<void *>(codes)),
+               static_cast<uint16_t *>(const_cast<void *>(scales)), static_cast<uint16_t *>(out),
+               rows, I});
+}
+
+// Codes and scales of rows [rows, I], which must be finite.
+void qiusuo_quantize(int isa, int bits, const void *from, int kind, void *codes, void *scales,
+                     int64_t rows, int64_t I) {
+    kernels_of(isa)->quantize(bits, {from, kind, static_cast<uint8_t *>(codes),
+                                     static_cast<uint16_t *>(scales), nullptr, rows, I});
+}
+
+// Whether there is a kernel for latent attention on pages of such rows, for this instruction set.
+int qiusuo_walks_pages(int isa, int64_t width, int64_t latent, int64_t page_tokens) {
+    return kernels_of(isa) == amx_low_bit_kernels() && amx_attention_takes(width, latent, page_tokens);
+}
+
+// Absorbed MLA in bfloat16: out [N, H, C] of queries [N, H, E]; query n sees the first lengths[n]
+// rows of the pages tables[n][...], each [page_tokens, E] of `entries`.
+void qiusuo_latent_attention(const void *queries, const void *entries, const int64_t *tables,
+                             int64_t table_width, const int64_t *lengths, void *out, int64_t N,
+                             int64_t H, int64_t E, int64_t C, int64_t page_tokens, float scale) {
+    amx_attention(static_cast<const uint16_t *>(queries), static_cast<const uint16_t *>(entries),
+                  tables, table_width, lengths, static_cast<uint16_t *>(out), N, H, E, C,
+                  page_tokens, scale);
+}
+
+// What stands between the products; small.h.
+void qiusuo_rms_norm(const void *x, int kind, const void *weight, void *out, int64_t rows,
+                     int64_t D, float eps) {
+    rms_norm(x, kind, weight, out, rows, D, eps);
+}
+
+void qiusuo_rotate_pairs(const void *x, int kind, const void *turns, void *out, int64_t rows,
+                         int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
+    rotate_pairs(x, kind, static_cast<const float *>(turns), out, rows, heads, R, row_stride, stride);
+}
+
+void qiusuo_choose_experts(const float *logits, const float *bias, int64_t experts, int64_t groups,
+                           int64_t kept_groups, int64_t per_token, int sigmoid, int normalized,
+                           float scaling, float *scores, int64_t *indices, float *weights,
+                           int64_t M) {
+    choose_experts(logits, bias,
+                   {experts, groups, kept_groups, per_token, sigmoid != 0, normalized != 0, scaling},
+                   scores, indices, weights, M);
+}
+}

@@ -1,0 +1,68 @@
+// What a call asks for, and what one instruction set offers.
+//
+// This header is included before a file chooses its instruction set, so that what comes from the
+// standard library stays code that runs on every processor.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "levels.h"
+
+// Weights: rows of codes in blocks of 32 columns, a float16 scale for each block (levels.h);
+// with 16 bits, bfloat16 without scales. Activations: float32 (kind 0) or bfloat16 (kind 1).
+
+struct Linear {
+    const void *x;
+    int kind;
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const float *bias;  // or null
+    void *out;          // of x's kind
+    int64_t M, O, I;
+};
+
+struct Experts {
+    const void *x;
+    int kind;
+    const int64_t *indices;  // [M, K]; null where there is one expert, for all
+    const float *weights;    // [M, K]; null: 1
+    const uint8_t *gate_up_codes;
+    const uint16_t *gate_up_scales;
+    const uint8_t *down_codes;
+    const uint16_t *down_scales;
+    void *out;  // of x's kind
+    int64_t M, K, E, D, F;
+};
+
+struct Conversion {  // between numbers and codes
+    const void *from;
+    int kind;  // of the numbers; bfloat16 when they are made
+    uint8_t *codes;
+    uint16_t *scales;
+    uint16_t *numbers;
+    int64_t rows, I;
+};
+
+struct Kernels {
+    const char *name;
+    void (*linear)(int bits, const Linear &);
+    void (*experts)(int bits, const Experts &);
+    void (*dequantize)(int bits, const Conversion &);
+    void (*quantize)(int bits, const Conversion &);
+};
+
+// Null where this processor cannot run them.
+const Kernels *portable_kernels();
+const Kernels *avx2_kernels();
+const Kernels *avx512_kernels();
+const Kernels *amx_low_bit_kernels();
+const Kernels *neon_kernels();
+
+constexpr int BLOCK = 32;
+
+// Bytes of one row of codes.
+constexpr int64_t code_bytes(int bits, int64_t columns) {
+    return bits == 16 ? columns * 2 : (columns + BLOCK - 1) / BLOCK * (BLOCK * bits / 8);
+}

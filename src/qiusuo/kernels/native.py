@@ -1,0 +1,342 @@
+"""The library of native kernels (sources in ``native/``): found, loaded once, called with tensors.
+
+It is plain C behind ctypes: no Python or PyTorch headers, so one build serves every Python. Nothing
+happens at import; the first ``native()`` loads. The library's loops run on the threads of the
+OpenMP that PyTorch uses: a pool of its own would fight that one, which waits for work spinning.
+
+Where there is no library (no compiler at the install) ``native()`` is None and callers take the
+PyTorch reference. ``QIUSUO_KERNELS`` forces one of CHOICES, to measure or to find a fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# M rows of x, O out, I in, K experts per token, E experts, D hidden, F expert width, G = 2F.
+# I', D', F': in codes, as wide as low_bit.code_shapes says; scales have a column for each block.
+
+VARIABLE = "QIUSUO_KERNELS"
+# As the library numbers them; 0 is the best there is.
+CHOICES = {"portable": 1, "avx2": 2, "avx512": 3, "neon": 4, "amx": 5}
+REFERENCE = "reference"
+FOLDER = Path(__file__).parent
+_AGAIN = (
+    "install Qiusuo once more: in a checkout `pip install -e .`, else `pip install "
+    "--force-reinstall --no-deps --no-cache-dir` with the name or address it was installed by"
+)
+REMEDY = (
+    "get a C++ compiler (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) and "
+    f"{_AGAIN}"
+)
+
+
+class Choice(NamedTuple):
+    """How a router chooses. ``sigmoid``: scores of DeepSeek-V3 (groups count as their two best),
+    else softmax, those of V2 (groups count as their best)."""
+
+    experts: int
+    groups: int
+    kept_groups: int
+    per_token: int
+    sigmoid: bool
+    normalized: bool
+    scaling: float
+
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_BITS = {torch.int8: 8, torch.uint8: 4, torch.bfloat16: 16}
+_INT, _SIZE, _AT, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_SIGNATURES = {
+    "qiusuo_linear": [_INT, _INT, _AT, _INT, *[_AT] * 4, *[_SIZE] * 3],
+    "qiusuo_experts": [_INT, _INT, _AT, _INT, *[_AT] * 7, *[_SIZE] * 5],
+    "qiusuo_dequantize": [_INT, _INT, *[_AT] * 3, *[_SIZE] * 2],
+    "qiusuo_quantize": [_INT, _INT, _AT, _INT, *[_AT] * 2, *[_SIZE] * 2],
+    "qiusuo_latent_attention": [*[_AT] * 3, _SIZE, *[_AT] * 2, *[_SIZE] * 5, _FLOAT],
+    "qiusuo_rms_norm": [_AT, _INT, *[_AT] * 2, *[_SIZE] * 2, _FLOAT],
+    "qiusuo_rotate_pairs": [_AT, _INT, *[_AT] * 2, *[_SIZE] * 5],
+    "qiusuo_choose_experts": [
+        *[_AT] * 2, *[_SIZE] * 4, *[_INT] * 2, _FLOAT, *[_AT] * 3, _SIZE,
+    ],
+}  # fmt: skip
+
+
+class KernelError(RuntimeError):
+    """A kernel was asked for by name that is not to be had, or the library is a broken one."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library with one instruction set. Tensors must lie in the CPU's memory, without
+    gaps; ValueError for what does not fit together. The library itself checks nothing.
+
+    ``codes`` tell their bits by type: int8, uint8 (4 bits), or bfloat16 (then without scales)."""
+
+    library: ctypes.CDLL
+    instruction_set: int
+    instructions: str
+    shares_threads: bool
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether many rows are multiplied by AMX. Then a row of bfloat16 may come out otherwise
+        rounded when there are many of them than alone."""
+        return self.instructions.startswith("amx")
+
+    def linear(
+        self, x_MI: Tensor, codes: Tensor, scales: Tensor | None, bias_O: Tensor | None = None
+    ) -> Tensor:
+        """x Wᵀ + b [M, O] in x's type (float32 or bfloat16); ``bias_O`` float32."""
+        (rows, columns), width = x_MI.shape, len(codes)
+        bits = _check_weight("the weight", codes, scales, (width,), columns)
+        _check("x", x_MI, (rows, columns), *_KINDS)
+        if bias_O is not None:
+            _check("the bias", bias_O, (width,), torch.float32)
+        out_MO = x_MI.new_empty(rows, width)
+        self._run(
+            "qiusuo_linear", bits, _at(x_MI), _KINDS[x_MI.dtype], _at(codes), _at(scales),
+            _at(bias_O), _at(out_MO), rows, width, columns,
+        )  # fmt: skip
+        return out_MO
+
+    def experts(
+        self,
+        x_MD: Tensor,
+        weights_MK: Tensor | None,
+        indices_MK: Tensor | None,
+        gate_up: tuple[Tensor, Tensor | None],
+        down: tuple[Tensor, Tensor | None],
+    ) -> Tensor:
+        """A token's experts, weighted and added up [M, D]; codes and scales of ``gate_up`` begin
+        with [E, G], those of ``down`` with [E, D]. ``indices_MK`` int64 within E, ``weights_MK``
+        float32; both None for the one expert of a dense MLP."""
+        (M, D), (E, G) = x_MD.shape, gate_up[0].shape[:2]
+        K = 1 if indices_MK is None else indices_MK.shape[1]
+        bits = _check_weight("gate and up", *gate_up, (E, G), D)
+        if _check_weight("down", *down, (E, D), G // 2) != bits or G % 2:
+            raise ValueError("gate, up and down must be of the same bits, gate as wide as up")
+        _check("x", x_MD, (M, D), *_KINDS)
+        if indices_MK is not None and weights_MK is not None:
+            _check("the experts' indices", indices_MK, (M, K), torch.int64)
+            _check("the experts' weights", weights_MK, (M, K), torch.float32)
+        elif E != 1 or indices_MK is not weights_MK:
+            raise ValueError(f"which of {E} experts, and with which weights? Both are needed")
+        out_MD = torch.empty_like(x_MD)
+        self._run(
+            "qiusuo_experts", bits, _at(x_MD), _KINDS[x_MD.dtype], _at(indices_MK),
+            _at(weights_MK), _at(gate_up[0]), _at(gate_up[1]), _at(down[0]), _at(down[1]),
+            _at(out_MD), M, K, E, D, G // 2,
+        )  # fmt: skip
+        return out_MD
+
+    def dequantize(self, codes: Tensor, scales: Tensor, columns: int, out_OI: Tensor) -> None:
+        """The numbers meant, in bfloat16, written to ``out_OI`` (that is what a prefill multiplies:
+        the caller keeps one buffer for all matrices)."""
+        bits = _check_weight("the weight", codes, scales, (len(codes),), columns)
+        _check("out", out_OI, (len(codes), columns), torch.bfloat16)
+        self._run(
+            "qiusuo_dequantize", bits, _at(codes), _at(scales), _at(out_OI), len(codes), columns
+        )
+
+    def quantize(self, rows_OI: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Choose codes and scales as ``low_bit.quantize`` does. All of it must be finite."""
+        rows, columns = rows_OI.shape
+        bits = _check_weight("the weight", codes, scales, (rows,), columns)
+        _check("rows", rows_OI, (rows, columns), *_KINDS)
+        self._run(
+            "qiusuo_quantize", bits, _at(rows_OI), _KINDS[rows_OI.dtype], _at(codes), _at(scales),
+            rows, columns,
+        )  # fmt: skip
+
+    def walks_pages(self, width: int, latent: int, page_tokens: int) -> bool:
+        """Whether ``latent_attention`` takes rows of ``width`` numbers, ``latent`` of them values,
+        in pages of so many."""
+        number = self.instruction_set
+        return bool(self.library.qiusuo_walks_pages(number, width, latent, page_tokens))
+
+    def latent_attention(
+        self,
+        q_NHE: Tensor,
+        entries_psE: Tensor,
+        table_Np: Tensor,
+        lengths_N: Tensor,
+        latent: int,
+        scale: float,
+    ) -> Tensor:
+        """See ``kernels/latent_attention.py``; only where ``walks_pages``."""
+        (N, H, E), (pages, size, _) = q_NHE.shape, entries_psE.shape
+        _check("queries", q_NHE, (N, H, E), torch.bfloat16)
+        _check("the cache", entries_psE, (pages, size, E), torch.bfloat16)
+        _check("the page table", table_Np, (N, table_Np.shape[1]), torch.int64)
+        _check("lengths", lengths_N, (N,), torch.int64)
+        out_NHC = q_NHE.new_empty(N, H, latent)
+        self._begin()
+        self.library.qiusuo_latent_attention(
+            _at(q_NHE), _at(entries_psE), _at(table_Np), table_Np.shape[1], _at(lengths_N),
+            _at(out_NHC), N, H, E, latent, size, scale,
+        )  # fmt: skip
+        return out_NHC
+
+    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """On the calling thread; ``weight_D`` of x's type."""
+        width = x_MD.shape[-1]
+        _check("x", x_MD, tuple(x_MD.shape), *_KINDS)
+        _check("the norm's weight", weight_D, (width,), x_MD.dtype)
+        out_MD = torch.empty_like(x_MD)
+        self.library.qiusuo_rms_norm(
+            _at(x_MD), _KINDS[x_MD.dtype], _at(weight_D), _at(out_MD),
+            x_MD.numel() // width, width, eps,
+        )  # fmt: skip
+        return out_MD
+
+    def rotate_pairs(self, x_1THR: Tensor, turns_1TP: Tensor) -> Tensor:
+        """On the calling thread; x [1, T, H, R] without gaps in its last dimension."""
+        _, T, H, R = x_1THR.shape
+        _check("turns", turns_1TP, (1, T, R // 2), torch.complex64)
+        out_1THR = x_1THR.new_empty(1, T, H, R)
+        self.library.qiusuo_rotate_pairs(
+            _at(x_1THR), _KINDS[x_1THR.dtype], _at(turns_1TP), _at(out_1THR),
+            T, H, R, x_1THR.stride(1), x_1THR.stride(2),
+        )  # fmt: skip
+        return out_1THR
+
+    def choose_experts(
+        self, logits_ME: Tensor, bias_E: Tensor | None, choice: Choice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, indices and weights; see ``kernels/routing.py``. On the calling thread."""
+        M, E = logits_ME.shape
+        _check("logits", logits_ME, (M, choice.experts), torch.float32)
+        if bias_E is not None:
+            _check("the experts' bias", bias_E, (E,), torch.float32)
+        scores_ME = torch.empty_like(logits_ME)
+        indices_MK = logits_ME.new_empty(M, choice.per_token, dtype=torch.int64)
+        weights_MK = logits_ME.new_empty(M, choice.per_token)
+        self.library.qiusuo_choose_experts(
+            _at(logits_ME), _at(bias_E), *choice, _at(scores_ME), _at(indices_MK),
+            _at(weights_MK), M,
+        )  # fmt: skip
+        return scores_ME, indices_MK, weights_MK
+
+    def _begin(self) -> None:
+        # PyTorch sets OpenMP's number of threads for each thread of Python's when first asked.
+        torch.get_num_threads()
+
+    def _run(self, name: str, *rest: int | None) -> None:
+        self._begin()
+        getattr(self.library, name)(self.instruction_set, *rest)
+
+
+def native_for(x: Tensor) -> Native | None:
+    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted."""
+    if x.device.type != "cpu" or x.dtype not in _KINDS or torch.is_grad_enabled():
+        return None
+    return native()
+
+
+@cache
+def native() -> Native | None:
+    """The library with the best instruction set of this processor, or with the one that
+    QIUSUO_KERNELS names; None for the reference. KernelError where the named one is not to be had.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted != REFERENCE and wanted not in CHOICES:
+        names = ", ".join((REFERENCE, *CHOICES))
+        raise KernelError(f"{VARIABLE} is {wanted!r}, not one of {names} (unset: the best)")
+    if wanted == REFERENCE:
+        return None
+    file = built_library()
+    if file is None:
+        if wanted:
+            raise KernelError(
+                f"{VARIABLE} asks for {wanted}, but the native library was not built: {REMEDY}"
+            )
+        return None
+    library = _load(file)
+    number = CHOICES.get(wanted, 0)
+    instructions = library.qiusuo_instructions(number).decode()
+    if not instructions:
+        best = library.qiusuo_instructions(0).decode()
+        raise KernelError(
+            f"{VARIABLE} asks for {wanted}, which this processor does not have; unset it for {best}"
+        )
+    return Native(library, number, instructions, _share_threads(library))
+
+
+def built_library() -> Path | None:
+    """The library's file, which the install placed beside this one."""
+    files = (*FOLDER.glob("_native*.so"), *FOLDER.glob("_native*.pyd"))
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def openmp() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP that PyTorch itself is linked to (there may be
+    others in the process: wheels bring their own); None where PyTorch has another kind."""
+    folder = Path(torch.__file__).parent / "lib"
+    for file in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib"):
+        if file.exists():
+            # Loaded long ago; its symbols are looked for in what it depends on, too.
+            function = getattr(ctypes.CDLL(str(file)), "GOMP_parallel", None)
+            return ctypes.cast(function, _AT).value if function else None
+    return None
+
+
+def _share_threads(library: ctypes.CDLL) -> bool:
+    address = openmp()
+    if address is not None:
+        library.qiusuo_use_threads(address)
+    return address is not None
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(file))
+        library.qiusuo_instructions.argtypes = [_INT]
+        library.qiusuo_instructions.restype = ctypes.c_char_p
+        library.qiusuo_use_threads.argtypes = [_AT]
+        library.qiusuo_use_threads.restype = None
+        library.qiusuo_walks_pages.argtypes = [_INT, *[_SIZE] * 3]
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, AttributeError) as error:
+        raise KernelError(
+            f"{file} cannot be used ({error}): it was built for another system or from other "
+            f"sources. Delete it and {_AGAIN}; {VARIABLE}={REFERENCE} does without"
+        ) from error
+    return library
+
+
+def _check_weight(
+    what: str, codes: Tensor, scales: Tensor | None, lead: tuple[int, ...], columns: int
+) -> int:
+    """Bits of a weight, when codes and scales have the shapes that these imply."""
+    bits, blocks = _BITS.get(codes.dtype, 0), -(-columns // 32)
+    if bits == 16 and scales is None:
+        _check(what, codes, (*lead, columns), torch.bfloat16)
+        return bits
+    if bits not in (4, 8) or scales is None:
+        raise ValueError(f"{what}: int8 or uint8 codes with scales, or bfloat16 without")
+    _check(f"codes of {what}", codes, (*lead, blocks * 4 * bits), codes.dtype)
+    _check(f"scales of {what}", scales, (*lead, blocks), torch.float16)
+    return bits
+
+
+def _check(what: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{what}: expected {shape} of {' or '.join(map(str, dtypes))}, "
+            f"not {tuple(tensor.shape)} of {tensor.dtype}"
+        )
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"{what}: must lie in the CPU's memory without gaps")
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
