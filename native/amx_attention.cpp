@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "amx.h"
@@ -220,15 +221,16 @@ void amx_attention(const bf16 *queries, const bf16 *entries, const int64_t *tabl
     for (int64_t n = 0; n < N; n++)
         first_piece[n + 1] = first_piece[n] + std::max<int64_t>(1, (lengths[n] + PIECE - 1) / PIECE);
     const int64_t pieces = first_piece[N];
+    const int64_t rows = std::accumulate(lengths, lengths + N, int64_t(0));
     const int64_t woven_size = shape.groups * (E / amx::STEP) * 256;
     thread_local Scratch woven_scratch, sums_scratch;
     uint32_t *const woven = woven_scratch.room<uint32_t>(N * woven_size);
     float *const sums = sums_scratch.room<float>(pieces * padded * C);
     std::vector<float> largest(pieces * padded), total(pieces * padded);
-    parallel(N, [&](int64_t n) {
+    parallel(N, N * H * E * 2, [&](int64_t n) {
         weave_queries(queries + n * H * E, shape, woven + n * woven_size);
     });
-    parallel(pieces, [&](int64_t piece) {
+    parallel(pieces, rows * E * 2, [&](int64_t piece) {
         const int64_t n =
             std::upper_bound(first_piece.begin(), first_piece.end(), piece) - first_piece.begin() - 1;
         const int64_t begin = (piece - first_piece[n]) * PIECE;
@@ -242,7 +244,7 @@ void amx_attention(const bf16 *queries, const bf16 *entries, const int64_t *tabl
         attend_piece(entries, tables + n * table_width, begin, end, woven + n * woven_size, shape,
                      Workspace(C), own);
     });
-    parallel(N * H, [&](int64_t task) {
+    parallel(N * H, pieces * H * C * 4, [&](int64_t task) {
         const int64_t n = task / H, h = task % H;
         const int64_t first = first_piece[n], last = first_piece[n + 1];
         float *joined = sums + (first * padded + h) * C;

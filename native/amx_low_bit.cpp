@@ -10,8 +10,13 @@ constexpr int64_t MANY_PAIRS = 12;  // (token, expert) pairs for each expert, on
 
 void linear(int bits, const Linear &call) {
     if (call.kind != 1 || call.M < MANY) return avx512_kernels()->linear(bits, call);
-    amx_linear(bits, static_cast<const uint16_t *>(call.x), call.codes, call.scales, call.bias,
-               static_cast<uint16_t *>(call.out), call.M, call.O, call.I);
+    const int64_t H = call.H, O = call.O, I = call.I;
+    for (int64_t h = 0; h < H; h++)
+        amx_linear(bits, static_cast<const uint16_t *>(call.x) + h * I, H * I,
+                   call.codes + h * O * code_bytes(bits, I),
+                   bits == 16 ? nullptr : call.scales + h * O * ((I + BLOCK - 1) / BLOCK),
+                   call.bias ? call.bias + h * O : nullptr,
+                   static_cast<uint16_t *>(call.out) + h * O, H * O, call.M, O, I);
 }
 
 void experts(int bits, const Experts &call) {

@@ -227,21 +227,22 @@ bool amx_matmul_takes() {
     return usable;
 }
 
-void amx_linear(int bits, const bf16 *x, const void *codes, const uint16_t *scales,
-                const float *bias, bf16 *out, int64_t M, int64_t O, int64_t I) {
+void amx_linear(int bits, const bf16 *x, int64_t x_stride, const void *codes,
+                const uint16_t *scales, const float *bias, bf16 *out, int64_t out_stride, int64_t M,
+                int64_t O, int64_t I) {
     const Matrix matrix = {bits, static_cast<const uint8_t *>(codes), scales, I};
     const int64_t steps = matrix.steps(), groups = whole(M, GROUP);
     thread_local Scratch scratch;
     uint32_t *const woven = scratch.room<uint32_t>(groups * steps * TILE_DWORDS);
-    parallel(groups, [&](int64_t group) {
+    parallel(groups, M * I * 2, [&](int64_t group) {
         const bf16 *rows[GROUP] = {};
         for (int64_t i = 0; i < std::min(GROUP, M - group * GROUP); i++)
-            rows[i] = x + (group * GROUP + i) * I;
+            rows[i] = x + (group * GROUP + i) * x_stride;
         weave(rows, I, woven + group * steps * TILE_DWORDS);
     });
     // Wide slabs read x less often, narrow ones keep all threads busy.
     const int64_t slab_rows = M <= 64 ? 32 : O >= 2048 ? 128 : 64;
-    parallel(whole(O, slab_rows), [&](int64_t task) {
+    parallel(whole(O, slab_rows), O * matrix.row_bytes(), [&](int64_t task) {
         const int64_t first = task * slab_rows, count = std::min(slab_rows, O - first);
         const int64_t padded = whole(count, 32) * 32;
         const Slab slab = slab_of(matrix, first, count, padded,
@@ -266,7 +267,7 @@ void amx_linear(int bits, const bf16 *x, const void *codes, const uint16_t *scal
                         const int64_t m = (group + g) * GROUP;
                         for (int64_t i = 0; i < std::min(GROUP, M - m); i++)
                             _mm256_mask_storeu_epi16(
-                                out + (m + i) * O + at, mask,
+                                out + (m + i) * out_stride + at, mask,
                                 (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(rows[i], added)));
                     }
                 }
@@ -287,14 +288,14 @@ void amx_experts(int bits, const bf16 *x, const int64_t *indices, const float *w
     uint32_t *const woven = x_scratch.room<uint32_t>(groups * x_size);
     uint32_t *const hidden = h_scratch.room<uint32_t>(groups * h_size);
     float *const y = y_scratch.room<float>(M * K * D);
-    parallel(groups, [&](int64_t g) {
+    parallel(groups, M * K * D * 2, [&](int64_t g) {
         const Sorted::Group &group = sorted.groups[g];
         const bf16 *rows[GROUP] = {};
         for (int64_t i = 0; i < group.count; i++) rows[i] = x + group.pairs[i] / K * D;
         weave(rows, D, woven + g * x_size);
     });
     const int64_t f_slabs = whole(F, SLAB_F);
-    parallel(experts * f_slabs, [&](int64_t task) {
+    parallel(experts * f_slabs, experts * 2 * F * wide.row_bytes(), [&](int64_t task) {
         const int64_t e = task / f_slabs, first = task % f_slabs * SLAB_F;
         const int64_t count = std::min(SLAB_F, F - first), stride = slab_stride(wide);
         const Matrix own = wide.from(sorted.experts[e] * 2 * F);
@@ -320,7 +321,7 @@ void amx_experts(int bits, const bf16 *x, const int64_t *indices, const float *w
             }
     });
     const int64_t d_slabs = whole(D, SLAB_D);
-    parallel(experts * d_slabs, [&](int64_t task) {
+    parallel(experts * d_slabs, experts * D * back.row_bytes(), [&](int64_t task) {
         const int64_t e = task / d_slabs, first = task % d_slabs * SLAB_D;
         const int64_t count = std::min(SLAB_D, D - first), padded = whole(count, 32) * 32;
         const Slab slab = slab_of(back.from(sorted.experts[e] * D), first, count, padded,
@@ -347,7 +348,7 @@ void amx_experts(int bits, const bf16 *x, const int64_t *indices, const float *w
                 }
             }
     });
-    parallel(M, [&](int64_t m) {
+    parallel(M, M * K * D * 4, [&](int64_t m) {
         for (int64_t at = 0; at < D; at += 16) {
             const __mmask16 mask = D - at >= 16 ? 0xffff : (1u << (D - at)) - 1;
             __m512 sum = _mm512_setzero_ps();

@@ -40,12 +40,12 @@ const char *qiusuo_instructions(int isa) {
 // GOMP_parallel of the OpenMP whose threads are to do the work; null for threads of our own.
 void qiusuo_use_threads(void *gomp_parallel) { use_threads_of(gomp_parallel); }
 
-// out [M, O] = x [M, I] · weightᵀ + bias.
+// out [M, H, O] = x [M, H, I] · weightᵀ + bias [H, O], each of H heads with its own weight [O, I].
 void qiusuo_linear(int isa, int bits, const void *x, int x_kind, const void *codes,
-                   const void *scales, const float *bias, void *out, int64_t M, int64_t O,
-                   int64_t I) {
+                   const void *scales, const float *bias, void *out, int64_t M, int64_t H,
+                   int64_t O, int64_t I) {
     kernels_of(isa)->linear(bits, {x, x_kind, static_cast<const uint8_t *>(codes),
-                                   static_cast<const uint16_t *>(scales), bias, out, M, O, I});
+                                   static_cast<const uint16_t *>(scales), bias, out, M, H, O, I});
 }
 
 // out [M, D] = the sum over a token's K experts of weight · down(silu(gate x) · up x).

@@ -13,14 +13,16 @@
 // Weights: rows of codes in blocks of 32 columns, a float16 scale for each block (levels.h);
 // with 16 bits, bfloat16 without scales. Activations: float32 (kind 0) or bfloat16 (kind 1).
 
+// Rows of H heads (mostly one), each head with a weight of its own: x [M, H, I], codes of [H, O, I],
+// out [M, H, O].
 struct Linear {
     const void *x;
     int kind;
     const uint8_t *codes;
     const uint16_t *scales;
-    const float *bias;  // or null
+    const float *bias;  // [H, O], or null
     void *out;          // of x's kind
-    int64_t M, O, I;
+    int64_t M, H, O, I;
 };
 
 struct Experts {

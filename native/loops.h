@@ -23,30 +23,32 @@ inline void write(void *out, int kind, int64_t at, const float *values, int64_t 
 
 template <int BITS>
 void linear_of(const Linear &call) {
-    const int64_t M = call.M, O = call.O, I = call.I, size = packed_bytes(BITS, I);
-    const Matrix weight = matrix_of<BITS>(call.codes, call.scales, I, 0);
-    uint8_t *const packed = kept_room(M * size);
-    auto pack_row = [&](int64_t m) {
-        pack<BITS, PAIRED>(call.x, call.kind, m * I, I, packed + m * size);
+    const int64_t M = call.M, H = call.H, O = call.O, I = call.I, size = packed_bytes(BITS, I);
+    uint8_t *const packed = kept_room(M * H * size);
+    auto pack_row = [&](int64_t row) {
+        pack<BITS, PAIRED>(call.x, call.kind, row * I, I, packed + row * size);
     };
-    const int64_t chunk = chunk_rows(code_bytes(BITS, I));
+    const int64_t chunk = chunk_rows(code_bytes(BITS, I)), chunks = divided_up(O, chunk);
     auto multiply = [&](int64_t task) {
-        const int64_t first = task * chunk, last = lesser(first + chunk, O);
+        const int64_t h = task / chunks, first = task % chunks * chunk;
+        const int64_t last = lesser(first + chunk, O);
+        const Matrix weight = matrix_of<BITS>(call.codes, call.scales, I, h * O);
         float made[SLICE][CHUNK];
         const uint8_t *rows[SLICE];
         for (int64_t begin = 0; begin < M; begin += SLICE) {
             const int64_t count = lesser(M - begin, SLICE);
-            for (int64_t m = 0; m < count; m++) rows[m] = packed + (begin + m) * size;
+            for (int64_t m = 0; m < count; m++) rows[m] = packed + ((begin + m) * H + h) * size;
             by_rows<BITS>(weight, first, last, rows, count, made);
             for (int64_t m = 0; m < count; m++) {
                 if (call.bias)
-                    for (int64_t o = first; o < last; o++) made[m][o - first] += call.bias[o];
-                write(call.out, call.kind, (begin + m) * O + first, made[m], last - first);
+                    for (int64_t o = first; o < last; o++)
+                        made[m][o - first] += call.bias[h * O + o];
+                write(call.out, call.kind, ((begin + m) * H + h) * O + first, made[m], last - first);
             }
         }
     };
-    const Stage stages[] = {stage_of(M, pack_row), stage_of(divided_up(O, chunk), multiply)};
-    run_stages(stages, 2, O * code_bytes(BITS, I));
+    const Stage stages[] = {stage_of(M * H, pack_row), stage_of(H * chunks, multiply)};
+    run_stages(stages, 2, H * O * code_bytes(BITS, I));
 }
 
 void linear(int bits, const Linear &call) {

@@ -24,6 +24,7 @@ struct Bfloat {
     static uint16_t narrow(float value) { return rounded(value); }
 };
 
+constexpr int64_t LANES = 16;
 constexpr int64_t SHARE = 1 << 14;  // numbers that a thread takes at a time
 
 // task(row) for all rows, several at a time; many of them by several threads.
@@ -34,8 +35,7 @@ void for_rows(int64_t rows, int64_t numbers, Task task) {
         const int64_t last = std::min(rows, (share + 1) * together);
         for (int64_t row = share * together; row < last; row++) task(row);
     };
-    const Stage stage = stage_of((rows + together - 1) / together, some);
-    run_stages(&stage, 1, rows * numbers * 2);
+    parallel((rows + together - 1) / together, rows * numbers * 2, some);
 }
 
 template <class Kind>
@@ -45,12 +45,15 @@ void norm(const void *x, const void *weight, void *out, int64_t rows, int64_t D,
     for_rows(rows, D, [&](int64_t row) {
         const auto *from = static_cast<const stored *>(x) + row * D;
         auto *to = static_cast<stored *>(out) + row * D;
-        float lanes[16] = {};
-        for (int64_t d = 0; d < D; d++) {
-            const float value = Kind::wide(from[d]);
-            lanes[d % 16] += value * value;
-        }
+        float lanes[LANES] = {};  // as many sums side by side as let the compiler use wide registers
+        int64_t at = 0;
+        for (; at + LANES <= D; at += LANES)
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                const float value = Kind::wide(from[at + lane]);
+                lanes[lane] += value * value;
+            }
         float sum = 0;
+        for (; at < D; at++) sum += Kind::wide(from[at]) * Kind::wide(from[at]);
         for (const float lane : lanes) sum += lane;
         const float scale = 1.0f / std::sqrt(sum / static_cast<float>(D) + eps);
         for (int64_t d = 0; d < D; d++)  // rounded before the weight, as the reference does

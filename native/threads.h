@@ -19,11 +19,11 @@ Stage stage_of(int64_t tasks, Task &task) {
     return {tasks, [](void *it, int64_t number) { (*static_cast<Task *>(it))(number); }, &task};
 }
 
-// One stage alone, on all threads.
+// One stage alone.
 template <class Task>
-void parallel(int64_t tasks, Task task) {
+void parallel(int64_t tasks, int64_t bytes, Task task) {
     const Stage stage = stage_of(tasks, task);
-    run_stages(&stage, 1, INT64_MAX);
+    run_stages(&stage, 1, bytes);
 }
 
 // Room of the calling thread, aligned to 64 bytes, kept from call to call.

@@ -11,7 +11,7 @@
 extern "C" {
 const char *qiusuo_instructions(int isa);
 void qiusuo_linear(int isa, int bits, const void *x, int kind, const void *codes, const void *scales,
-                   const float *bias, void *out, int64_t M, int64_t O, int64_t I);
+                   const float *bias, void *out, int64_t M, int64_t H, int64_t O, int64_t I);
 void qiusuo_experts(int isa, int bits, const void *x, int kind, const int64_t *indices,
                     const float *weights, const void *gate_up, const void *gate_up_scales,
                     const void *down, const void *down_scales, void *out, int64_t M, int64_t K,
@@ -55,7 +55,7 @@ void check_linear(Draws &draw, int isa, int bits, int kind, int64_t M, int64_t O
     const bool biased = draw.below(2);
     const auto run = [&](const void *rows, void *out, int64_t count) {
         qiusuo_linear(isa, bits, rows, kind, weight.codes.get(), weight.scales_at(),
-                      biased ? bias.get() : nullptr, out, count, O, I);
+                      biased ? bias.get() : nullptr, out, count, 1, O, I);
     };
     const Answer out(kind, M * O), alone(kind, O);
     run(x.at(kind), out.at(), M);
@@ -75,6 +75,27 @@ void check_linear(Draws &draw, int isa, int bits, int kind, int64_t M, int64_t O
                     1e-5 * size_of_terms + rounding_of(kind, sum) +
                         (may_use_tiles(isa, kind) ? ROUNDED_WEIGHT * size_of_terms : 0));
         }
+    }
+}
+
+// Heads side by side, against each of them alone.
+void check_heads(Draws &draw, int isa, int bits, int kind, int64_t M, int64_t H, int64_t O, int64_t I) {
+    const Rows x(draw, M * H, I);
+    const Weight weight(draw, bits, H * O, I);
+    const Answer out(kind, M * H * O), alone(kind, O);
+    qiusuo_linear(isa, bits, x.at(kind), kind, weight.codes.get(), weight.scales_at(), nullptr,
+                  out.at(), M, H, O, I);
+    const size_t size = kind ? 2 : 4;
+    const int64_t row_bytes = bits == 16 ? I * 2 : blocks(I) * BLOCK * bits / 8;
+    for (int64_t row = 0; row < M * H; ++row) {
+        const int64_t h = row % H;
+        const uint16_t *scales = static_cast<const uint16_t *>(weight.scales_at());
+        qiusuo_linear(isa, bits, static_cast<const char *>(x.at(kind)) + row * I * size, kind,
+                      reinterpret_cast<const uint8_t *>(weight.codes.get()) + h * O * row_bytes,
+                      scales ? scales + h * O * blocks(I) : nullptr, nullptr, alone.at(), 1, 1, O, I);
+        for (int64_t o = 0; o < O; ++o)
+            compare("heads", isa, bits, kind, row, o, I, out[row * O + o], alone[o],
+                    may_use_tiles(isa, kind) ? 0.02 * I + std::fabs(alone[o]) / 64 : 0);
     }
 }
 
@@ -183,6 +204,7 @@ void check_all(int isa) {
                     check_experts(draw, isa, bits, kind, M, M % 3 + 1, 7, D, D == 72 ? 64 : D - 3);
             check_experts(draw, isa, bits, kind, 3, 1, 1, 96, 40);
             check_experts(draw, isa, bits, kind, 61, 3, 7, 70, 45);  // many for each expert
+            for (const int64_t M : {1, 3, 20}) check_heads(draw, isa, bits, kind, M, 5, 37, 100);
             check_linear(draw, isa, bits, kind, 2, 1200, 321);  // enough for several threads
             if (bits == 16) continue;
             check_dequantize(draw, isa, bits, 300, 500);
@@ -236,7 +258,7 @@ void check_callers(int isa) {
     const Weight weight(draw, 4, O, I);
     const auto run = [&](const Answer &out) {
         qiusuo_linear(isa, 4, x.bf16.get(), 1, weight.codes.get(), weight.scales.get(), nullptr,
-                      out.at(), M, O, I);
+                      out.at(), M, 1, O, I);
     };
     const Answer alone(1, M * O), first(1, M * O), second(1, M * O), third(1, M * O);
     run(alone);

@@ -55,7 +55,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _BITS = {torch.int8: 8, torch.uint8: 4, torch.bfloat16: 16}
 _INT, _SIZE, _AT, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _SIGNATURES = {
-    "qiusuo_linear": [_INT, _INT, _AT, _INT, *[_AT] * 4, *[_SIZE] * 3],
+    "qiusuo_linear": [_INT, _INT, _AT, _INT, *[_AT] * 4, *[_SIZE] * 4],
     "qiusuo_experts": [_INT, _INT, _AT, _INT, *[_AT] * 7, *[_SIZE] * 5],
     "qiusuo_dequantize": [_INT, _INT, *[_AT] * 3, *[_SIZE] * 2],
     "qiusuo_quantize": [_INT, _INT, _AT, _INT, *[_AT] * 2, *[_SIZE] * 2],
@@ -102,9 +102,21 @@ class Native:
         out_MO = x_MI.new_empty(rows, width)
         self._run(
             "qiusuo_linear", bits, _at(x_MI), _KINDS[x_MI.dtype], _at(codes), _at(scales),
-            _at(bias_O), _at(out_MO), rows, width, columns,
+            _at(bias_O), _at(out_MO), rows, 1, width, columns,
         )  # fmt: skip
         return out_MO
+
+    def heads(self, x_MHI: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Every head's rows times its own weight [H, O, I], transposed: [M, H, O]."""
+        (M, H, columns), width = x_MHI.shape, codes.shape[1]
+        bits = _check_weight("the weights", codes, scales, (H, width), columns)
+        _check("x", x_MHI, (M, H, columns), *_KINDS)
+        out_MHO = x_MHI.new_empty(M, H, width)
+        self._run(
+            "qiusuo_linear", bits, _at(x_MHI), _KINDS[x_MHI.dtype], _at(codes), _at(scales),
+            None, _at(out_MHO), M, H, width, columns,
+        )  # fmt: skip
+        return out_MHO
 
     def experts(
         self,

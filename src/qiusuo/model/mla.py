@@ -25,7 +25,8 @@ from qiusuo.kernels.attention import (
     tiles_of_mask,
 )
 from qiusuo.kernels.latent_attention import latent_attention, walks_pages
-from qiusuo.kernels.low_bit import dequantize, dequantize_bf16
+from qiusuo.kernels.low_bit import LowBit, dequantize
+from qiusuo.kernels.per_head import kept, per_head
 from qiusuo.kernels.rotation import rotate_pairs
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
@@ -58,7 +59,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = Linear(self.heads * self.value, config.hidden_size, bias=False)
-        self.absorbed: tuple[Tensor, Tensor] | None = None
+        self.absorbed: tuple[Tensor | LowBit, ...] | None = None
 
     def forward(
         self, x_BTD: Tensor, turns_BTP: Tensor, groups: Sequence[Group], layer: int
@@ -132,43 +133,37 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor:
         """All heads look at the same keys [latent; rope] and the same values [latent]. The values
         are taken from the keys as they stand, rope part too: copying them would cost more."""
-        to_key_HNC, to_value_HCV = self.absorbed or self._halves()
-        q_latent_BTHC = _per_head(q_nope_BTHN, to_key_HNC)
+        to_key_HCN, to_value_HVC = self.absorbed or self._halves()
+        q_latent_BTHC = per_head(q_nope_BTHN, to_key_HCN)
         q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
         pages = seen.pages
         if pages is not None and walks_pages(q_BTHE, pages.entries_psZ, self.latent):
             q_NHE = q_BTHE.flatten(0, 1)
             out_NHC = latent_attention(q_NHE, *pages, self.latent, self.scale)
-            return _per_head(out_NHC.view_as(q_latent_BTHC), to_value_HCV)
+            return per_head(out_NHC.view_as(q_latent_BTHC), to_value_HVC)
         k_BSE = seen.joined_BSZ
         if k_BSE is None:
             k_BSE = torch.cat((seen.first_BSX, seen.second_BSY), -1)
         k_BS1E = k_BSE[:, :, None]
         out_BTHE = shared_key_attention(q_BTHE, k_BS1E, k_BS1E, self.scale, mask_BTS)
-        return _per_head(out_BTHE[..., : self.latent], to_value_HCV)
+        return per_head(out_BTHE[..., : self.latent], to_value_HVC)
 
     def absorb(self) -> None:
-        """Keep every head's two matrices laid out for the absorbed form. To be called again when
-        the weights have changed; without it they are views, which each product copies. Those of
-        low bits are kept in the model's own type: no product takes the codes by columns."""
-        to_key_HNC, to_value_HCV = self._halves()
-        self.absorbed = to_key_HNC.detach().contiguous(), to_value_HCV.detach().contiguous()
+        """Keep every head's two matrices laid out for the absorbed form, in low bits where
+        ``kv_b_proj`` is. To be called again when the weights have changed."""
+        self.absorbed = tuple(kept(half, self._low_bits()) for half in self._halves())
 
     def _halves(self) -> tuple[Tensor, Tensor]:
-        kv_b_HXC = self._expanding().unflatten(0, (self.heads, -1))
+        """What makes a key's part of the latent [H, C, N], and a value [H, V, C]."""
+        kv_b_HXC = self._expanding().detach().unflatten(0, (self.heads, -1))
         to_key_HNC, to_value_HVC = kv_b_HXC.split((self.nope, self.value), dim=1)
-        return to_key_HNC, to_value_HVC.transpose(1, 2)
+        return to_key_HNC.transpose(1, 2), to_value_HVC
 
     def _expanding(self) -> Tensor:
         """``kv_b_proj``'s numbers."""
         if isinstance(self.kv_b_proj, LowBitLinear):
-            codes, dtype = self.kv_b_proj.low_bit, self.kv_a_layernorm.weight.dtype
-            return dequantize_bf16(codes) if dtype is torch.bfloat16 else dequantize(codes, dtype)
+            return dequantize(self.kv_b_proj.low_bit, self.kv_a_layernorm.weight.dtype)
         return self.kv_b_proj.weight
 
-
-def _per_head(x_BTHI: Tensor, matrix_HIO: Tensor) -> Tensor:
-    """Every head's rows times its own matrix: [B, T, H, O]."""
-    batch = x_BTHI.shape[0]
-    out_HXO = torch.bmm(x_BTHI.flatten(0, 1).transpose(0, 1), matrix_HIO)
-    return out_HXO.transpose(0, 1).unflatten(0, (batch, -1))
+    def _low_bits(self) -> int | None:
+        return self.kv_b_proj.low_bit.bits if isinstance(self.kv_b_proj, LowBitLinear) else None
