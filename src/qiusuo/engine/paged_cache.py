@@ -52,7 +52,7 @@ class PagedCache:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self.page_tokens, self.first_width = page_tokens, config.cache_parts[0]
         shape = (layers, pages, page_tokens, config.cache_width)
-        self.entries_LpsZ = torch.empty(shape, dtype=dtype, device=device)
+        self.entries_LpsZ = torch.zeros(shape, dtype=dtype, device=device)
         self.beside: list[PagedCache] = []  # other models' entries for the tokens of the same pages
 
     @staticmethod
