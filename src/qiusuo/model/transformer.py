@@ -111,7 +111,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # PyTorch's own values, which nobody wants, would cost a second of imports on the meta device.
+        # PyTorch's own values, which nobody wants, cost a second of imports on the meta device.
         numbers_WD = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(numbers_WD, freeze=False)
         main = [Block(config, layer) for layer in range(config.num_hidden_layers)]
