@@ -122,7 +122,7 @@ def read_options() -> argparse.Namespace:
     if options.bits is None:  # V2-Lite has 31 GB in bfloat16
         options.bits = [4] if options.shape == "v2-lite" else [16, 8, 4]
     if "llama.cpp" in options.programs:
-        here = options.llama_cpp or Path("build/bin")
+        here = options.llama_cpp = options.llama_cpp or Path("build/bin")
         if missing := [name for name in BINARIES if not (here / name).is_file()]:
             parser.error(
                 f"{here} has no {', '.join(missing)}: see --help for how to build llama.cpp, or "

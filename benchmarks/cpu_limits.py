@@ -18,7 +18,7 @@ from qiusuo.checkpoint.tensors import EMBEDDING
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.names import layer_of
 
-READ_BYTES = 3 << 29  # three times the largest cache of any processor of 2025
+READ_BYTES = 3 << 29  # far beyond the caches of the machines measured
 CACHE_ITEM = 2  # bfloat16 here, float16 there
 
 

@@ -116,7 +116,7 @@ void soften(float *scores, int64_t valid, int64_t rows, const Shape &shape, cons
     for (int64_t row = 0; row < valid; row++) {
         const __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + row * HEADS), scale);
         _mm512_store_ps(scores + row * HEADS, score);
-        largest = _mm512_max_ps(largest, score);
+        largest = _mm512_max_ps(largest, score);  // NaN is lost here and comes back below
     }
     const __m512 shrunk = amx::exp(_mm512_sub_ps(before, largest));
     __m512 total = _mm512_mul_ps(_mm512_loadu_ps(partial.total), shrunk);

@@ -35,7 +35,7 @@ struct Matrix {
     int64_t steps() const { return whole(columns, BLOCK); }
     int64_t row_bytes() const { return bits == 16 ? columns * 2 : steps() * BLOCK * bits / 8; }
     Matrix from(int64_t row) const {
-        return {bits, codes + row * row_bytes(), scales + row * steps(), columns};
+        return {bits, codes + row * row_bytes(), scales ? scales + row * steps() : nullptr, columns};
     }
 };
 
@@ -178,9 +178,10 @@ struct Sorted {
     std::vector<int64_t> first;    // group of experts[i]; one more at the end
 };
 
+// A choice outside of 0 .. E - 1 belongs to nobody.
 Sorted sort_pairs(const int64_t *indices, int64_t pairs, int64_t E) {
     std::vector<std::vector<int64_t>> of(E);
-    for (int64_t pair = 0; pair < pairs; pair++) of[indices[pair]].push_back(pair);
+    for (int64_t pair = 0; pair < pairs; pair++) if (indices[pair] >= 0 && indices[pair] < E) of[indices[pair]].push_back(pair);
     Sorted sorted;
     for (int64_t expert = 0; expert < E; expert++) {
         if (of[expert].empty()) continue;
@@ -352,8 +353,9 @@ void amx_experts(int bits, const bf16 *x, const int64_t *indices, const float *w
         for (int64_t at = 0; at < D; at += 16) {
             const __mmask16 mask = D - at >= 16 ? 0xffff : (1u << (D - at)) - 1;
             __m512 sum = _mm512_setzero_ps();
-            for (int64_t k = 0; k < K; k++)
-                sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, y + (m * K + k) * D + at));
+            for (int64_t k = m * K; k < (m + 1) * K; k++)
+                if (indices[k] >= 0 && indices[k] < E)
+                    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, y + k * D + at));
             _mm256_mask_storeu_epi16(out + m * D + at, mask, (__m256i)_mm512_cvtneps_pbh(sum));
         }
     });

@@ -93,9 +93,13 @@ void check_heads(Draws &draw, int isa, int bits, int kind, int64_t M, int64_t H,
         qiusuo_linear(isa, bits, static_cast<const char *>(x.at(kind)) + row * I * size, kind,
                       reinterpret_cast<const uint8_t *>(weight.codes.get()) + h * O * row_bytes,
                       scales ? scales + h * O * blocks(I) : nullptr, nullptr, alone.at(), 1, 1, O, I);
-        for (int64_t o = 0; o < O; ++o)
+        for (int64_t o = 0; o < O; ++o) {
+            double size = 0;
+            for (int64_t i = 0; i < I; ++i)
+                size += std::fabs(weight.meant[(h * O + o) * I + i] * x.f32[row * I + i]);
             compare("heads", isa, bits, kind, row, o, I, out[row * O + o], alone[o],
-                    may_use_tiles(isa, kind) ? 0.02 * I + std::fabs(alone[o]) / 64 : 0);
+                    may_use_tiles(isa, kind) ? ROUNDED_WEIGHT * size + 2 * rounding_of(1, alone[o]) : 0);
+        }
     }
 }
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qiusuo.kernels.native import Choice, native
+from qiusuo.kernels.native import native
 from qiusuo.kernels.norm import rms_norm, rms_norm_reference
 from qiusuo.kernels.rotation import rotate_pairs, rotate_pairs_reference
-from qiusuo.kernels.routing import choose_experts, choose_experts_reference
+from qiusuo.kernels.routing import Choice, choose_experts, choose_experts_reference
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native library is not in use")
 
@@ -65,7 +65,7 @@ def test_choice(
 ) -> None:
     kept = data.draw(st.integers(1, groups))
     per_token = data.draw(st.integers(1, kept * size))
-    choice = Choice(groups * size, groups, kept, per_token, sigmoid, normalized, 2.5)
+    choice = Choice(groups, kept, per_token, sigmoid, normalized, 2.5)
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, groups * size, generator=generator) * 3
     bias = torch.randn(groups * size, generator=generator) if biased else None

@@ -5,7 +5,7 @@ import torch
 
 from qiusuo.kernels.low_bit import dequantize
 from qiusuo.kernels.native import native
-from qiusuo.kernels.per_head import kept, per_head, per_head_reference
+from qiusuo.kernels.per_head import laid_out, per_head, per_head_reference
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def test_as_head_by_head(
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(batch, tokens, heads, wide).to(dtype)
-    weight = kept(torch.randn(heads, wide, out).to(dtype).transpose(1, 2), bits)
+    weight = laid_out(torch.randn(heads, wide, out).to(dtype).transpose(1, 2), bits)
     meant = weight.double() if isinstance(weight, torch.Tensor) else dequantize(weight).double()
     expected = torch.einsum("bthi,hoi->btho", x.double(), meant)
     size = expected.abs().max()
@@ -35,7 +35,7 @@ def test_a_row_alone_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 7, 4, 96).bfloat16()
     for bits in (None, 8):
-        weight = kept(torch.randn(4, 50, 96).bfloat16(), bits)
+        weight = laid_out(torch.randn(4, 50, 96).bfloat16(), bits)
         together = per_head(x, weight)
         for t in range(7):
             assert torch.equal(per_head(x[:, t : t + 1], weight)[:, 0], together[:, t])

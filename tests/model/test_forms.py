@@ -29,6 +29,7 @@ class Row:
 def rows_in(model: Transformer, rows: int, places: int) -> tuple[PagedCache, list[Row]]:
     """A cache of small pages, dealt out in turn: no row has its pages side by side."""
     cache = PagedCache(model.config, rows * places, torch.float32, CPU, page_tokens=4)
+    cache.clear_pages(range(rows * places))  # as the scheduler does
     each = cache.pages_for(places)
     return cache, [Row([row + rows * page for page in range(each)]) for row in range(rows)]
 

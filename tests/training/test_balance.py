@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qiusuo.kernels.routing import choose_experts
 from qiusuo.model.moe import Router, Routing
 from qiusuo.training.balance import ExpertLoad, sequence_balance_loss
 from tests.model.shapes import tiny_config, tiny_model
@@ -105,7 +106,8 @@ def test_a_skewed_router_becomes_even(groups: int) -> None:
     history = []
     for _ in range(300):
         scores_ME = (torch.randn(400, 8, generator=generator) * 0.7 + tilt_E).sigmoid()
-        indices_MK = router.choose(scores_ME)
+        bias_E, logits_ME = router.e_score_correction_bias, scores_ME.logit()
+        indices_MK = choose_experts(logits_ME, bias_E, router.choice).indices_MK
         load.add({1: Routing(scores_ME, indices_MK, scores_ME.gather(1, indices_MK))})
         history.append(load.max_violation()[1])
         load.update_biases(0.01)

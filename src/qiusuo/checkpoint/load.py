@@ -97,7 +97,10 @@ def load_model(
     if checkpoint.low_bit is not None and bits is not None:
         held = held_tensors(checkpoint.config, dtype, bits)
         mapped = checkpoint.low_bit.mapped()
-        state = {name: mapped[name].to(device, meta.dtype) for name, meta in held.items()}
+        state = {
+            name: _of_type(mapped[name], meta.dtype, f"{checkpoint.place}: {name}").to(device)
+            for name, meta in held.items()
+        }
         if progress is not None:
             progress(needed, needed)
         return _assembled(checkpoint, state, bits)
@@ -146,6 +149,11 @@ def _filled(
 def _put(state: dict[str, Tensor], part: Part, rows: slice, found: LowBit) -> None:
     for end, content in ((CODES, found.codes), (SCALES, found.scales)):
         replace(part, name=stem(part.name) + end).of(state)[rows].copy_(content)
+
+
+def _of_type(mapped: Tensor, dtype: torch.dtype, place: str) -> Tensor:
+    """Where it stands, if it is of that type already."""
+    return mapped if mapped.dtype is dtype else narrowed(mapped, dtype, place)
 
 
 def checkpoint_of(

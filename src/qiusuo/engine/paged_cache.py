@@ -6,7 +6,7 @@ models keep the keys and values of their shared heads. Layers count the MTP modu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -52,7 +52,7 @@ class PagedCache:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self.page_tokens, self.first_width = page_tokens, config.cache_parts[0]
         shape = (layers, pages, page_tokens, config.cache_width)
-        self.entries_LpsZ = torch.zeros(shape, dtype=dtype, device=device)
+        self.entries_LpsZ = torch.empty(shape, dtype=dtype, device=device)
         self.beside: list[PagedCache] = []  # other models' entries for the tokens of the same pages
 
     @staticmethod
@@ -72,7 +72,7 @@ class PagedCache:
         for to, of in zip(self.parts(target), self.parts(source), strict=True):
             to.copy_(of)
 
-    def clear_pages(self, pages: list[int]) -> None:
+    def clear_pages(self, pages: Iterable[int]) -> None:
         """What no one may look at is multiplied by 0 all the same, and 0 times NaN is NaN."""
         for page in pages:
             for part in self.parts(page):

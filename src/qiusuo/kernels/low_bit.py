@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qiusuo.kernels.experts import _sort_by_expert, _sum_choices
 from qiusuo.kernels.linear import in_blocks
-from qiusuo.kernels.native import CHOICES, Native, native
+from qiusuo.kernels.native import CHOICES, Native, native, native_for
 
 # O out, I in, I' = I rounded up to whole blocks, n = I'/32 blocks of a row, c the 32 of a block.
 # M rows of x, K experts per token, E experts, D hidden, F expert width, R rows sorted by expert.
@@ -41,7 +41,7 @@ class LowBit:
 
     ``codes``: 8 bits: int8 [..., O, I'], the levels. 4 bits: uint8 [..., O, I'/2]; of a block's 16
     bytes, byte i holds number i below and number 16 + i above. ``scales``: float16 [..., O, I'/32].
-    What a row has beyond ``columns`` is zero."""
+    What a row has beyond ``columns`` means nothing."""
 
     codes: Tensor
     scales: Tensor
@@ -62,10 +62,6 @@ class LowBit:
     def __getitem__(self, index: int) -> LowBit:
         """One matrix of a stack."""
         return LowBit(self.codes[index], self.scales[index], self.columns)
-
-    def rows(self, start: int, stop: int) -> LowBit:
-        """Some rows of a matrix, not copied."""
-        return LowBit(self.codes[start:stop], self.scales[start:stop], self.columns)
 
 
 def code_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -240,9 +236,7 @@ def _experts_of_many(
 
 def _library(x: Tensor, rows: int | None) -> Native | None:
     """The native kernels, where they can take x; with ``rows`` those that work row by row."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    library = None if torch.is_grad_enabled() and x.requires_grad else native()
+    library = native_for(x)
     if library is None or rows is None or not library.has_tiles:
         return library
     return replace(library, instruction_set=CHOICES["avx512"], instructions="avx512_vnni")
@@ -258,7 +252,7 @@ def _as_bf16(weight: LowBit) -> Tensor:
     """``dequantize_bf16`` into room that this thread keeps: good until the next call."""
     numbers = weight.codes.shape[0] * weight.columns
     if len(getattr(_room, "flat", ())) < numbers:
-        _room.flat = None  # so that the old one is gone before the new one comes
+        vars(_room).pop("flat", None)  # so that the old one is gone before the new one comes
         _room.flat = torch.empty(numbers, dtype=torch.bfloat16)
     return dequantize_bf16(weight, _room.flat[:numbers].view(weight.shape))
 
@@ -270,11 +264,11 @@ def _eight(values_nc: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _four(values_nc: Tensor) -> tuple[Tensor, Tensor]:
-    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=values_nc.device)
     between = (levels[1:] + levels[:-1]) / 2
     farthest_n = values_nc.gather(1, values_nc.abs().argmax(1, keepdim=True))[:, 0]
     best = values_nc.new_full((len(values_nc),), torch.inf)
-    best_scale = torch.zeros(len(values_nc), dtype=torch.float16)
+    best_scale = torch.zeros_like(best, dtype=torch.float16)
     for end in (levels[0], levels[-1]):
         for stretch in _STRETCHES:
             rough_nc = levels[

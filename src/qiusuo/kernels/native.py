@@ -15,7 +15,6 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,20 +35,6 @@ REMEDY = (
     "get a C++ compiler (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) and "
     f"{_AGAIN}"
 )
-
-
-class Choice(NamedTuple):
-    """How a router chooses. ``sigmoid``: scores of DeepSeek-V3 (groups count as their two best),
-    else softmax, those of V2 (groups count as their best)."""
-
-    experts: int
-    groups: int
-    kept_groups: int
-    per_token: int
-    sigmoid: bool
-    normalized: bool
-    scaling: float
-
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _BITS = {torch.int8: 8, torch.uint8: 4, torch.bfloat16: 16}
@@ -197,11 +182,12 @@ class Native:
         return out_NHC
 
     def rms_norm(self, x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """On the calling thread; ``weight_D`` of x's type."""
+        """``weight_D`` of x's type."""
         width = x_MD.shape[-1]
         _check("x", x_MD, tuple(x_MD.shape), *_KINDS)
         _check("the norm's weight", weight_D, (width,), x_MD.dtype)
         out_MD = torch.empty_like(x_MD)
+        self._begin()
         self.library.qiusuo_rms_norm(
             _at(x_MD), _KINDS[x_MD.dtype], _at(weight_D), _at(out_MD),
             x_MD.numel() // width, width, eps,
@@ -209,10 +195,11 @@ class Native:
         return out_MD
 
     def rotate_pairs(self, x_1THR: Tensor, turns_1TP: Tensor) -> Tensor:
-        """On the calling thread; x [1, T, H, R] without gaps in its last dimension."""
+        """x [1, T, H, R] without gaps in its last dimension."""
         _, T, H, R = x_1THR.shape
         _check("turns", turns_1TP, (1, T, R // 2), torch.complex64)
         out_1THR = x_1THR.new_empty(1, T, H, R)
+        self._begin()
         self.library.qiusuo_rotate_pairs(
             _at(x_1THR), _KINDS[x_1THR.dtype], _at(turns_1TP), _at(out_1THR),
             T, H, R, x_1THR.stride(1), x_1THR.stride(2),
@@ -220,18 +207,27 @@ class Native:
         return out_1THR
 
     def choose_experts(
-        self, logits_ME: Tensor, bias_E: Tensor | None, choice: Choice
+        self,
+        logits_ME: Tensor,
+        bias_E: Tensor | None,
+        groups: int,
+        kept_groups: int,
+        per_token: int,
+        sigmoid: bool,
+        normalized: bool,
+        scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, indices and weights; see ``kernels/routing.py``. On the calling thread."""
         M, E = logits_ME.shape
-        _check("logits", logits_ME, (M, choice.experts), torch.float32)
+        _check("logits", logits_ME, (M, E), torch.float32)
         if bias_E is not None:
             _check("the experts' bias", bias_E, (E,), torch.float32)
         scores_ME = torch.empty_like(logits_ME)
-        indices_MK = logits_ME.new_empty(M, choice.per_token, dtype=torch.int64)
-        weights_MK = logits_ME.new_empty(M, choice.per_token)
+        indices_MK = logits_ME.new_empty(M, per_token, dtype=torch.int64)
+        weights_MK = logits_ME.new_empty(M, per_token)
         self.library.qiusuo_choose_experts(
-            _at(logits_ME), _at(bias_E), *choice, _at(scores_ME), _at(indices_MK),
+            _at(logits_ME), _at(bias_E), E, groups, kept_groups, per_token, sigmoid,
+            normalized, scaling, _at(scores_ME), _at(indices_MK),
             _at(weights_MK), M,
         )  # fmt: skip
         return scores_ME, indices_MK, weights_MK

@@ -30,7 +30,7 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_D.device.type):
         library = native_for(x_D)
         if library is not None and x_D.dtype is weight_D.dtype:
-            return library.rms_norm(x_D.contiguous(), weight_D, eps)
+            return library.rms_norm(x_D.contiguous(), weight_D.contiguous(), eps)
         return F.rms_norm(x_D, weight_D.shape, weight_D, eps)
     out_D: Tensor = _RMSNorm.apply(x_D, weight_D, eps)
     return out_D

@@ -14,8 +14,10 @@ from qiusuo.kernels.native import native_for
 
 # B batch, T tokens, M = B*T, H heads, I in, O out.
 
+FEW = 32  # rows of a head; for more, PyTorch's product is faster than a kernel without tiles
 
-def kept(weight_HOI: Tensor, bits: int | None) -> Tensor | LowBit:
+
+def laid_out(weight_HOI: Tensor, bits: int | None) -> Tensor | LowBit:
     """The weights as ``per_head`` reads them fastest, of so many bits (None: as they are)."""
     return weight_HOI.contiguous() if bits is None else quantize(weight_HOI, bits)
 
@@ -32,6 +34,8 @@ def per_head_reference(x_BTHI: Tensor, weight_HOI: Tensor | LowBit) -> Tensor:
 def per_head(x_BTHI: Tensor, weight_HOI: Tensor | LowBit) -> Tensor:
     """As ``per_head_reference``."""
     library = native_for(x_BTHI)
+    if library is not None and not library.has_tiles and x_BTHI.shape[:2].numel() > FEW:
+        library = None
     if isinstance(weight_HOI, LowBit):
         parts: tuple[Tensor, Tensor | None] = weight_HOI.codes, weight_HOI.scales
     else:

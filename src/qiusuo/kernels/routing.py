@@ -10,9 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qiusuo.kernels.native import Choice, native_for
+from qiusuo.kernels.native import native_for
 
 # M tokens, E experts, K of them per token, g groups, X = E/g.
+
+
+class Choice(NamedTuple):
+    """How a router chooses. ``sigmoid``: scores of DeepSeek-V3 (groups count as their two best),
+    else softmax, those of V2 (groups count as their best)."""
+
+    groups: int
+    kept_groups: int
+    per_token: int
+    sigmoid: bool
+    normalized: bool
+    scaling: float
 
 
 class Routing(NamedTuple):
@@ -45,7 +57,8 @@ def choose_experts(
     library = native_for(logits_ME)
     if library is None or replayed_MK is not None:
         return choose_experts_reference(logits_ME, bias_E, choice, replayed_MK)
-    return Routing(*library.choose_experts(logits_ME, bias_E, choice))
+    bias_E = None if bias_E is None else bias_E.float()
+    return Routing(*library.choose_experts(logits_ME.float().contiguous(), bias_E, *choice))
 
 
 def _best(scores_ME: Tensor, bias_E: Tensor | None, choice: Choice) -> Tensor:

@@ -26,7 +26,7 @@ from qiusuo.kernels.attention import (
 )
 from qiusuo.kernels.latent_attention import latent_attention, walks_pages
 from qiusuo.kernels.low_bit import LowBit, dequantize
-from qiusuo.kernels.per_head import kept, per_head
+from qiusuo.kernels.per_head import laid_out, per_head
 from qiusuo.kernels.rotation import rotate_pairs
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
@@ -150,20 +150,21 @@ class MultiHeadLatentAttention(nn.Module):
 
     def absorb(self) -> None:
         """Keep every head's two matrices laid out for the absorbed form, in low bits where
-        ``kv_b_proj`` is. To be called again when the weights have changed."""
-        self.absorbed = tuple(kept(half, self._low_bits()) for half in self._halves())
+        ``kv_b_proj`` is: values keep their codes; keys, whose rows are others then, are rounded
+        once more. To be called again when the weights have changed."""
+        self.absorbed = tuple(laid_out(half.detach(), self._bits()) for half in self._halves())
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         """What makes a key's part of the latent [H, C, N], and a value [H, V, C]."""
-        kv_b_HXC = self._expanding().detach().unflatten(0, (self.heads, -1))
+        kv_b_HXC = self._expanding().unflatten(0, (self.heads, -1))
         to_key_HNC, to_value_HVC = kv_b_HXC.split((self.nope, self.value), dim=1)
         return to_key_HNC.transpose(1, 2), to_value_HVC
 
     def _expanding(self) -> Tensor:
-        """``kv_b_proj``'s numbers."""
+        """``kv_b_proj``'s numbers; in float32 where they have codes, which are then found again."""
         if isinstance(self.kv_b_proj, LowBitLinear):
-            return dequantize(self.kv_b_proj.low_bit, self.kv_a_layernorm.weight.dtype)
+            return dequantize(self.kv_b_proj.low_bit)
         return self.kv_b_proj.weight
 
-    def _low_bits(self) -> int | None:
+    def _bits(self) -> int | None:
         return self.kv_b_proj.low_bit.bits if isinstance(self.kv_b_proj, LowBitLinear) else None

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from qiusuo.kernels.experts import experts_grouped
 from qiusuo.kernels.linear import linear
-from qiusuo.kernels.native import Choice
-from qiusuo.kernels.routing import Routing, choose_experts
+from qiusuo.kernels.routing import Choice, Routing, choose_experts
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.layers import MLP
 
@@ -35,7 +34,6 @@ class Router(nn.Module):
         super().__init__()
         sigmoid = config.scoring_func == "sigmoid"
         self.choice = Choice(
-            experts=config.n_routed_experts,
             groups=config.n_group,
             kept_groups=config.topk_group,
             per_token=config.num_experts_per_tok,
