@@ -13,7 +13,7 @@ const Kernels *of_number(int isa) {
         case 2: return avx2_kernels();
         case 3: return avx512_kernels();
         case 4: return neon_kernels();
-        case 5: return amx_low_bit_kernels();
+        case 5: return amx_kernels();
     }
     for (const int better : {5, 3, 2, 4})
         if (const Kernels *kernels = of_number(better)) return kernels;
@@ -78,7 +78,7 @@ void qiusuo_quantize(int isa, int bits, const void *from, int kind, void *codes,
 
 // Whether there is a kernel for latent attention on pages of such rows, for this instruction set.
 int qiusuo_walks_pages(int isa, int64_t width, int64_t latent, int64_t page_tokens) {
-    return kernels_of(isa) == amx_low_bit_kernels() && amx_attention_takes(width, latent, page_tokens);
+    return kernels_of(isa) == amx_kernels() && amx_attention_takes(width, latent, page_tokens);
 }
 
 // Absorbed MLA in bfloat16: out [N, H, C] of queries [N, H, E]; query n sees the first lengths[n]

@@ -59,7 +59,7 @@ struct Kernels {
 const Kernels *portable_kernels();
 const Kernels *avx2_kernels();
 const Kernels *avx512_kernels();
-const Kernels *amx_low_bit_kernels();
+const Kernels *amx_kernels();
 const Kernels *neon_kernels();
 
 constexpr int BLOCK = 32;

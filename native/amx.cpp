@@ -29,12 +29,12 @@ void experts(int bits, const Experts &call) {
 
 }  // namespace
 
-const Kernels *amx_low_bit_kernels() {
+const Kernels *amx_kernels() {
     if (!avx512_kernels() || !amx_matmul_takes()) return nullptr;
     static const Kernels kernels = {"amx_bf16", linear, experts, avx512_kernels()->dequantize,
                                     avx512_kernels()->quantize};
     return &kernels;
 }
 #else
-const Kernels *amx_low_bit_kernels() { return nullptr; }
+const Kernels *amx_kernels() { return nullptr; }
 #endif
