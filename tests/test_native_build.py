@@ -144,7 +144,8 @@ def checked(*command: str | Path, cwd: Path) -> list[str]:
     """The instruction sets that a run of the program went through, with four threads."""
     *each, last = run(*command, cwd=cwd, OMP_NUM_THREADS="4").splitlines()
     assert last.endswith(" numbers compared, 0 wrong")
-    return sorted(line.partition(": ")[2] for line in each)
+    told = [line.partition(": ") for line in each]
+    return sorted(name for number, _, name in told if number.isdigit())  # qemu has warnings
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=NO_COMPILER)
