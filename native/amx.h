@@ -24,12 +24,14 @@ namespace amx {
 
 constexpr int TILE = 16;       // rows of a tile
 constexpr int STEP = 32;       // bfloat16 of a row
-constexpr int TILE_BYTES = 1024;
 
-// Whether this process may use the tiles: the kernel makes room for them only when asked.
-inline bool permitted() {
+// Whether there are tiles, and this process may use them: the system makes room only when asked.
+inline bool usable() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    static const bool known =
+        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+        syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return known;
 }
 
 // While one lives, all eight tiles of this thread are 16 × 64 bytes.

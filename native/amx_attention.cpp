@@ -72,24 +72,20 @@ void weave_queries(const bf16 *query, const Shape &shape, uint32_t *woven) {
         }
 }
 
-// scores[row][head] of up to four times 16 rows that lie one after the other.
-void score(const bf16 *rows, int64_t count, const uint32_t *queries, const Shape &shape,
-           float *scores) {
+// scores[row][head] of 32 rows that lie one after the other.
+void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, float *scores) {
     const int64_t stride = shape.width * 2, tile = amx::TILE * shape.width;
-    for (int64_t first = 0; first < count; first += 32) {
-        const bf16 *from = rows + first * shape.width;
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int64_t step = 0; step < shape.width / amx::STEP; step++) {
-            _tile_loadd(4, queries + step * 256, 64);
-            _tile_loadd(5, from + step * amx::STEP, stride);
-            _tile_loadd(6, from + tile + step * amx::STEP, stride);
-            _tile_dpbf16ps(0, 5, 4);
-            _tile_dpbf16ps(1, 6, 4);
-        }
-        _tile_stored(0, scores + first * HEADS, 64);
-        _tile_stored(1, scores + (first + 16) * HEADS, 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t step = 0; step < shape.width / amx::STEP; step++) {
+        _tile_loadd(4, queries + step * 256, 64);
+        _tile_loadd(5, rows + step * amx::STEP, stride);
+        _tile_loadd(6, rows + tile + step * amx::STEP, stride);
+        _tile_dpbf16ps(0, 5, 4);
+        _tile_dpbf16ps(1, 6, 4);
     }
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + 16 * HEADS, 64);
 }
 
 // Weave rows first and first + 1 of the block's latents; a row beyond the end counts as zeros.
@@ -188,7 +184,7 @@ void attend_piece(const bf16 *entries, const int64_t *table, int64_t begin, int6
             const Partial partial = {all.sums + group * HEADS * shape.latent,
                                      all.largest + group * HEADS, all.total + group * HEADS};
             for (int64_t row = 0; row < rows; row += 32)
-                score(at(block + row), 32, queries + group * steps * 256, shape,
+                score(at(block + row), queries + group * steps * 256, shape,
                       work.scores + row * HEADS);
             soften(work.scores, stop - block, rows, shape, partial, work.weights);
             add_values(work.weights, work.values, rows, shape, partial.sums);
@@ -207,9 +203,7 @@ void write_head(const float *sums, float total, const Shape &shape, bf16 *out) {
 }  // namespace
 
 bool amx_attention_takes(int64_t width, int64_t latent, int64_t page_tokens) {
-    static const bool usable = __builtin_cpu_supports("amx-bf16") &&
-                               __builtin_cpu_supports("avx512bf16") && amx::permitted();
-    return usable && width % 32 == 0 && latent % 32 == 0 && page_tokens % 32 == 0;
+    return amx::usable() && width % 32 == 0 && latent % 32 == 0 && page_tokens % 32 == 0;
 }
 
 void amx_attention(const bf16 *queries, const bf16 *entries, const int64_t *tables,

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "amx.h"
-#include "levels.h"
+#include "kernels.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -21,7 +21,7 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr int64_t GROUP = amx::TILE;   // rows of x that share a tile
-constexpr int64_t BLOCK = 32;          // numbers that share a scale; also amx::STEP
+static_assert(BLOCK == amx::STEP);
 constexpr int64_t TILE_DWORDS = 256;
 
 inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of; }
@@ -33,7 +33,7 @@ struct Matrix {
     int64_t columns;
 
     int64_t steps() const { return whole(columns, BLOCK); }
-    int64_t row_bytes() const { return bits == 16 ? columns * 2 : steps() * BLOCK * bits / 8; }
+    int64_t row_bytes() const { return code_bytes(bits, columns); }
     Matrix from(int64_t row) const {
         return {bits, codes + row * row_bytes(), scales ? scales + row * steps() : nullptr, columns};
     }
@@ -223,9 +223,7 @@ constexpr int64_t SLAB_F = 32, SLAB_D = 64;
 }  // namespace
 
 bool amx_matmul_takes() {
-    static const bool usable = __builtin_cpu_supports("amx-bf16") &&
-                               __builtin_cpu_supports("avx512bf16") && amx::permitted();
-    return usable;
+    return amx::usable();
 }
 
 void amx_linear(int bits, const bf16 *x, int64_t x_stride, const void *codes,

@@ -126,9 +126,8 @@ void for_rows(const Conversion &call, Row row) {
         for (int64_t r = first; r < (end < call.rows ? end : call.rows); r++)
             row(r, call.codes + r * code_bytes(BITS, call.I), call.scales + r * blocks);
     };
-    const Stage stage =
-        stage_of((call.rows + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME, some);
-    run_stages(&stage, 1, call.rows * code_bytes(BITS, call.I));
+    parallel((call.rows + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME,
+             call.rows * code_bytes(BITS, call.I), some);
 }
 
 template <int BITS>

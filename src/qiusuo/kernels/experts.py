@@ -116,7 +116,7 @@ class _GroupedExperts(torch.autograd.Function):
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        layout = _sort_by_expert(indices_MK, gate_up_EGD.shape[0])
+        layout = sort_by_expert(indices_MK, gate_up_EGD.shape[0])
         x_RD = x_MD.index_select(0, layout.token_R)
         weight_R = x_RD.new_zeros(x_RD.shape[0], 1)
         weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_RD.dtype)
@@ -134,7 +134,7 @@ class _GroupedExperts(torch.autograd.Function):
             x_RD, h_RG, act_RF, weight_R, layout.place_P, layout.token_R, gate_up_EGD, down_EDF
         )
         ctx.segments, ctx.weights_like = layout.segments, weights_MK
-        return _sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
+        return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -158,7 +158,7 @@ class _GroupedExperts(torch.autograd.Function):
             torch.mm(grad_h_RG[start:stop].t(), x_RD[start:stop], out=grad_gate_up_EGD[expert])
         weights_MK = ctx.weights_like
         grad_weights_MK = grad_weight_R[place_P].view_as(weights_MK).to(weights_MK.dtype)
-        grad_x_MD = _sum_choices(grad_x_RD, place_P, weights_MK.shape[1])
+        grad_x_MD = sum_choices(grad_x_RD, place_P, weights_MK.shape[1])
         return grad_x_MD, grad_weights_MK, None, grad_gate_up_EGD, grad_down_EDF
 
 
@@ -180,7 +180,7 @@ def _swiglu_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:
     return grad_h_RG
 
 
-def _sort_by_expert(indices_MK: Tensor, experts: int) -> _Layout:
+def sort_by_expert(indices_MK: Tensor, experts: int) -> _Layout:
     expert_P = indices_MK.flatten()
     order_P = torch.argsort(expert_P, stable=True)
     segments, shifts, start, shift = [], [], 0, 0
@@ -209,7 +209,7 @@ def _round_up(count: int) -> int:
     return -(-count // grain) * grain
 
 
-def _sum_choices(y_RD: Tensor, place_P: Tensor, choices: int) -> Tensor:
+def sum_choices(y_RD: Tensor, place_P: Tensor, choices: int) -> Tensor:
     """Bring sorted rows home and add each token's K of them, always in the same order."""
     y_PD = y_RD.index_select(0, place_P)
     return y_PD if choices == 1 else y_PD.unflatten(0, (-1, choices)).sum(1)

@@ -13,15 +13,15 @@ negative: the sixteen levels reach further below zero than above.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qiusuo.kernels.experts import _sort_by_expert, _sum_choices
+from qiusuo.kernels.experts import sort_by_expert, sum_choices
 from qiusuo.kernels.linear import in_blocks
-from qiusuo.kernels.native import CHOICES, Native, native, native_for
+from qiusuo.kernels.native import Native, native, native_for
 
 # O out, I in, I' = I rounded up to whole blocks, n = I'/32 blocks of a row, c the 32 of a block.
 # M rows of x, K experts per token, E experts, D hidden, F expert width, R rows sorted by expert.
@@ -221,7 +221,7 @@ def _experts_of_many(
     x_MD: Tensor, weights_MK: Tensor, indices_MK: Tensor, gate_up: LowBit, down: LowBit
 ) -> Tensor:
     """Pairs sorted by expert; each expert is made bfloat16 and multiplied with its rows."""
-    layout = _sort_by_expert(indices_MK, len(gate_up.codes))
+    layout = sort_by_expert(indices_MK, len(gate_up.codes))
     x_RD = x_MD.index_select(0, layout.token_R)
     weight_R = x_RD.new_zeros(len(x_RD), 1)
     weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_RD.dtype)
@@ -231,15 +231,13 @@ def _experts_of_many(
         gate_RF, up_RF = h_RG.chunk(2, dim=-1)
         act_RF = F.silu(gate_RF).mul_(up_RF).mul_(weight_R[start:stop])
         torch.mm(act_RF, _as_bf16(down[expert]).t(), out=y_RD[start:stop])
-    return _sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
+    return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
 
 def _library(x: Tensor, rows: int | None) -> Native | None:
     """The native kernels, where they can take x; with ``rows`` those that work row by row."""
     library = native_for(x)
-    if library is None or rows is None or not library.has_tiles:
-        return library
-    return replace(library, instruction_set=CHOICES["avx512"], instructions="avx512_vnni")
+    return library if library is None or rows is None else library.without_tiles()
 
 
 def _takes(library: Native, x: Tensor, rows: int | None, count: float) -> bool:

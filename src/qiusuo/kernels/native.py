@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -74,6 +74,14 @@ class Native:
         """Whether many rows are multiplied by AMX. Then a row of bfloat16 may come out otherwise
         rounded when there are many of them than alone."""
         return self.instructions.startswith("amx")
+
+    def without_tiles(self) -> Native:
+        """The same, in which no row depends on how many there are."""
+        if not self.has_tiles:
+            return self
+        number = CHOICES["avx512"]
+        name = self.library.qiusuo_instructions(number).decode()
+        return replace(self, instruction_set=number, instructions=name)
 
     def linear(
         self, x_MI: Tensor, codes: Tensor, scales: Tensor | None, bias_O: Tensor | None = None
