@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qiusuo.kernels.signatures import AT, INT, SIGNATURES, SIZE
+
 # M rows of x, O out, I in, K experts per token, E experts, D hidden, F expert width, G = 2F.
 # I', D', F': in codes, as wide as low_bit.code_shapes says; scales have a column for each block.
 
@@ -36,21 +38,8 @@ REMEDY = (
     f"{_AGAIN}"
 )
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _BITS = {torch.int8: 8, torch.uint8: 4, torch.bfloat16: 16}
-_INT, _SIZE, _AT, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-_SIGNATURES = {
-    "qiusuo_linear": [_INT, _INT, _AT, _INT, *[_AT] * 4, *[_SIZE] * 4],
-    "qiusuo_experts": [_INT, _INT, _AT, _INT, *[_AT] * 7, *[_SIZE] * 5],
-    "qiusuo_dequantize": [_INT, _INT, *[_AT] * 3, *[_SIZE] * 2],
-    "qiusuo_quantize": [_INT, _INT, _AT, _INT, *[_AT] * 2, *[_SIZE] * 2],
-    "qiusuo_latent_attention": [*[_AT] * 3, _SIZE, *[_AT] * 2, *[_SIZE] * 5, _FLOAT],
-    "qiusuo_rms_norm": [_AT, _INT, *[_AT] * 2, *[_SIZE] * 2, _FLOAT],
-    "qiusuo_rotate_pairs": [_AT, _INT, *[_AT] * 2, *[_SIZE] * 5],
-    "qiusuo_choose_experts": [
-        *[_AT] * 2, *[_SIZE] * 4, *[_INT] * 2, _FLOAT, *[_AT] * 3, _SIZE,
-    ],
-}  # fmt: skip
 
 
 class KernelError(RuntimeError):
@@ -89,13 +78,13 @@ class Native:
         """x Wᵀ + b [M, O] in x's type (float32 or bfloat16); ``bias_O`` float32."""
         (rows, columns), width = x_MI.shape, len(codes)
         bits = _check_weight("the weight", codes, scales, (width,), columns)
-        _check("x", x_MI, (rows, columns), *_KINDS)
+        check("x", x_MI, (rows, columns), *KINDS)
         if bias_O is not None:
-            _check("the bias", bias_O, (width,), torch.float32)
+            check("the bias", bias_O, (width,), torch.float32)
         out_MO = x_MI.new_empty(rows, width)
         self._run(
-            "qiusuo_linear", bits, _at(x_MI), _KINDS[x_MI.dtype], _at(codes), _at(scales),
-            _at(bias_O), _at(out_MO), rows, 1, width, columns,
+            "qiusuo_linear", bits, at(x_MI), KINDS[x_MI.dtype], at(codes), at(scales),
+            at(bias_O), at(out_MO), rows, 1, width, columns,
         )  # fmt: skip
         return out_MO
 
@@ -103,11 +92,11 @@ class Native:
         """Every head's rows times its own weight [H, O, I], transposed: [M, H, O]."""
         (M, H, columns), width = x_MHI.shape, codes.shape[1]
         bits = _check_weight("the weights", codes, scales, (H, width), columns)
-        _check("x", x_MHI, (M, H, columns), *_KINDS)
+        check("x", x_MHI, (M, H, columns), *KINDS)
         out_MHO = x_MHI.new_empty(M, H, width)
         self._run(
-            "qiusuo_linear", bits, _at(x_MHI), _KINDS[x_MHI.dtype], _at(codes), _at(scales),
-            None, _at(out_MHO), M, H, width, columns,
+            "qiusuo_linear", bits, at(x_MHI), KINDS[x_MHI.dtype], at(codes), at(scales),
+            None, at(out_MHO), M, H, width, columns,
         )  # fmt: skip
         return out_MHO
 
@@ -127,17 +116,17 @@ class Native:
         bits = _check_weight("gate and up", *gate_up, (E, G), D)
         if _check_weight("down", *down, (E, D), G // 2) != bits or G % 2:
             raise ValueError("gate, up and down must be of the same bits, gate as wide as up")
-        _check("x", x_MD, (M, D), *_KINDS)
+        check("x", x_MD, (M, D), *KINDS)
         if indices_MK is not None and weights_MK is not None:
-            _check("the experts' indices", indices_MK, (M, K), torch.int64)
-            _check("the experts' weights", weights_MK, (M, K), torch.float32)
+            check("the experts' indices", indices_MK, (M, K), torch.int64)
+            check("the experts' weights", weights_MK, (M, K), torch.float32)
         elif E != 1 or indices_MK is not weights_MK:
             raise ValueError(f"which of {E} experts, and with which weights? Both are needed")
         out_MD = torch.empty_like(x_MD)
         self._run(
-            "qiusuo_experts", bits, _at(x_MD), _KINDS[x_MD.dtype], _at(indices_MK),
-            _at(weights_MK), _at(gate_up[0]), _at(gate_up[1]), _at(down[0]), _at(down[1]),
-            _at(out_MD), M, K, E, D, G // 2,
+            "qiusuo_experts", bits, at(x_MD), KINDS[x_MD.dtype], at(indices_MK),
+            at(weights_MK), at(gate_up[0]), at(gate_up[1]), at(down[0]), at(down[1]),
+            at(out_MD), M, K, E, D, G // 2,
         )  # fmt: skip
         return out_MD
 
@@ -145,18 +134,16 @@ class Native:
         """The numbers meant, in bfloat16, written to ``out_OI`` (that is what a prefill multiplies:
         the caller keeps one buffer for all matrices)."""
         bits = _check_weight("the weight", codes, scales, (len(codes),), columns)
-        _check("out", out_OI, (len(codes), columns), torch.bfloat16)
-        self._run(
-            "qiusuo_dequantize", bits, _at(codes), _at(scales), _at(out_OI), len(codes), columns
-        )
+        check("out", out_OI, (len(codes), columns), torch.bfloat16)
+        self._run("qiusuo_dequantize", bits, at(codes), at(scales), at(out_OI), len(codes), columns)
 
     def quantize(self, rows_OI: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Choose codes and scales as ``low_bit.quantize`` does. All of it must be finite."""
         rows, columns = rows_OI.shape
         bits = _check_weight("the weight", codes, scales, (rows,), columns)
-        _check("rows", rows_OI, (rows, columns), *_KINDS)
+        check("rows", rows_OI, (rows, columns), *KINDS)
         self._run(
-            "qiusuo_quantize", bits, _at(rows_OI), _KINDS[rows_OI.dtype], _at(codes), _at(scales),
+            "qiusuo_quantize", bits, at(rows_OI), KINDS[rows_OI.dtype], at(codes), at(scales),
             rows, columns,
         )  # fmt: skip
 
@@ -177,27 +164,27 @@ class Native:
     ) -> Tensor:
         """See ``kernels/latent_attention.py``; only where ``walks_pages``."""
         (N, H, E), (pages, size, _) = q_NHE.shape, entries_psE.shape
-        _check("queries", q_NHE, (N, H, E), torch.bfloat16)
-        _check("the cache", entries_psE, (pages, size, E), torch.bfloat16)
-        _check("the page table", table_Np, (N, table_Np.shape[1]), torch.int64)
-        _check("lengths", lengths_N, (N,), torch.int64)
+        check("queries", q_NHE, (N, H, E), torch.bfloat16)
+        check("the cache", entries_psE, (pages, size, E), torch.bfloat16)
+        check("the page table", table_Np, (N, table_Np.shape[1]), torch.int64)
+        check("lengths", lengths_N, (N,), torch.int64)
         out_NHC = q_NHE.new_empty(N, H, latent)
-        self._begin()
+        self.begin()
         self.library.qiusuo_latent_attention(
-            _at(q_NHE), _at(entries_psE), _at(table_Np), table_Np.shape[1], _at(lengths_N),
-            _at(out_NHC), N, H, E, latent, size, scale,
+            at(q_NHE), at(entries_psE), at(table_Np), table_Np.shape[1], at(lengths_N),
+            at(out_NHC), N, H, E, latent, size, scale,
         )  # fmt: skip
         return out_NHC
 
     def rms_norm(self, x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """``weight_D`` of x's type."""
         width = x_MD.shape[-1]
-        _check("x", x_MD, tuple(x_MD.shape), *_KINDS)
-        _check("the norm's weight", weight_D, (width,), x_MD.dtype)
+        check("x", x_MD, tuple(x_MD.shape), *KINDS)
+        check("the norm's weight", weight_D, (width,), x_MD.dtype)
         out_MD = torch.empty_like(x_MD)
-        self._begin()
+        self.begin()
         self.library.qiusuo_rms_norm(
-            _at(x_MD), _KINDS[x_MD.dtype], _at(weight_D), _at(out_MD),
+            at(x_MD), KINDS[x_MD.dtype], at(weight_D), at(out_MD),
             x_MD.numel() // width, width, eps,
         )  # fmt: skip
         return out_MD
@@ -205,11 +192,11 @@ class Native:
     def rotate_pairs(self, x_1THR: Tensor, turns_1TP: Tensor) -> Tensor:
         """x [1, T, H, R] without gaps in its last dimension."""
         _, T, H, R = x_1THR.shape
-        _check("turns", turns_1TP, (1, T, R // 2), torch.complex64)
+        check("turns", turns_1TP, (1, T, R // 2), torch.complex64)
         out_1THR = x_1THR.new_empty(1, T, H, R)
-        self._begin()
+        self.begin()
         self.library.qiusuo_rotate_pairs(
-            _at(x_1THR), _KINDS[x_1THR.dtype], _at(turns_1TP), _at(out_1THR),
+            at(x_1THR), KINDS[x_1THR.dtype], at(turns_1TP), at(out_1THR),
             T, H, R, x_1THR.stride(1), x_1THR.stride(2),
         )  # fmt: skip
         return out_1THR
@@ -227,31 +214,31 @@ class Native:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, indices and weights; see ``kernels/routing.py``. On the calling thread."""
         M, E = logits_ME.shape
-        _check("logits", logits_ME, (M, E), torch.float32)
+        check("logits", logits_ME, (M, E), torch.float32)
         if bias_E is not None:
-            _check("the experts' bias", bias_E, (E,), torch.float32)
+            check("the experts' bias", bias_E, (E,), torch.float32)
         scores_ME = torch.empty_like(logits_ME)
         indices_MK = logits_ME.new_empty(M, per_token, dtype=torch.int64)
         weights_MK = logits_ME.new_empty(M, per_token)
         self.library.qiusuo_choose_experts(
-            _at(logits_ME), _at(bias_E), E, groups, kept_groups, per_token, sigmoid,
-            normalized, scaling, _at(scores_ME), _at(indices_MK),
-            _at(weights_MK), M,
+            at(logits_ME), at(bias_E), E, groups, kept_groups, per_token, sigmoid,
+            normalized, scaling, at(scores_ME), at(indices_MK),
+            at(weights_MK), M,
         )  # fmt: skip
         return scores_ME, indices_MK, weights_MK
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         # PyTorch sets OpenMP's number of threads for each thread of Python's when first asked.
         torch.get_num_threads()
 
     def _run(self, name: str, *rest: int | None) -> None:
-        self._begin()
+        self.begin()
         getattr(self.library, name)(self.instruction_set, *rest)
 
 
 def native_for(x: Tensor) -> Native | None:
     """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted."""
-    if x.device.type != "cpu" or x.dtype not in _KINDS or torch.is_grad_enabled():
+    if x.device.type != "cpu" or x.dtype not in KINDS or torch.is_grad_enabled():
         return None
     return native()
 
@@ -299,7 +286,7 @@ def openmp() -> int | None:
         if file.exists():
             # Loaded long ago; its symbols are looked for in what it depends on, too.
             function = getattr(ctypes.CDLL(str(file)), "GOMP_parallel", None)
-            return ctypes.cast(function, _AT).value if function else None
+            return ctypes.cast(function, AT).value if function else None
     return None
 
 
@@ -313,12 +300,12 @@ def _share_threads(library: ctypes.CDLL) -> bool:
 def _load(file: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(file))
-        library.qiusuo_instructions.argtypes = [_INT]
+        library.qiusuo_instructions.argtypes = [INT]
         library.qiusuo_instructions.restype = ctypes.c_char_p
-        library.qiusuo_use_threads.argtypes = [_AT]
+        library.qiusuo_use_threads.argtypes = [AT]
         library.qiusuo_use_threads.restype = None
-        library.qiusuo_walks_pages.argtypes = [_INT, *[_SIZE] * 3]
-        for name, arguments in _SIGNATURES.items():
+        library.qiusuo_walks_pages.argtypes = [INT, *[SIZE] * 3]
+        for name, arguments in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
     except (OSError, AttributeError) as error:
@@ -335,16 +322,16 @@ def _check_weight(
     """Bits of a weight, when codes and scales have the shapes that these imply."""
     bits, blocks = _BITS.get(codes.dtype, 0), -(-columns // 32)
     if bits == 16 and scales is None:
-        _check(what, codes, (*lead, columns), torch.bfloat16)
+        check(what, codes, (*lead, columns), torch.bfloat16)
         return bits
     if bits not in (4, 8) or scales is None:
         raise ValueError(f"{what}: int8 or uint8 codes with scales, or bfloat16 without")
-    _check(f"codes of {what}", codes, (*lead, blocks * 4 * bits), codes.dtype)
-    _check(f"scales of {what}", scales, (*lead, blocks), torch.float16)
+    check(f"codes of {what}", codes, (*lead, blocks * 4 * bits), codes.dtype)
+    check(f"scales of {what}", scales, (*lead, blocks), torch.float16)
     return bits
 
 
-def _check(what: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+def check(what: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     if tensor.shape != shape or tensor.dtype not in dtypes:
         raise ValueError(
             f"{what}: expected {shape} of {' or '.join(map(str, dtypes))}, "
@@ -354,5 +341,5 @@ def _check(what: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dty
         raise ValueError(f"{what}: must lie in the CPU's memory without gaps")
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,19 @@
+"""The library's functions as C declares them (``native/entry.cpp`` and the files it names)."""
+
+from __future__ import annotations
+
+import ctypes
+
+INT, SIZE, AT, FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+SIGNATURES = {
+    "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
+    "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
+    "qiusuo_dequantize": [INT, INT, *[AT] * 3, *[SIZE] * 2],
+    "qiusuo_quantize": [INT, INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
+    "qiusuo_latent_attention": [*[AT] * 3, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
+    "qiusuo_rms_norm": [AT, INT, *[AT] * 2, *[SIZE] * 2, FLOAT],
+    "qiusuo_rotate_pairs": [AT, INT, *[AT] * 2, *[SIZE] * 5],
+    "qiusuo_choose_experts": [
+        *[AT] * 2, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
+    ],
+}  # fmt: skip
