@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from qiusuo.kernels.low_bit import dequantize
+from qiusuo.kernels.low_bit import LowBit, dequantize, quantize
 from qiusuo.kernels.native import native
-from qiusuo.kernels.per_head import laid_out, per_head, per_head_reference
+from qiusuo.kernels.per_head import per_head, per_head_reference
+
+
+def laid_out(weight: torch.Tensor, bits: int | None) -> torch.Tensor | LowBit:
+    return weight.contiguous() if bits is None else quantize(weight, bits)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qiusuo.kernels.low_bit import LowBit, dequantize, quantize
+from qiusuo.kernels.low_bit import LowBit, dequantize
 from qiusuo.kernels.native import native_for
 
 # B batch, T tokens, M = B*T, H heads, I in, O out.
@@ -17,17 +17,12 @@ from qiusuo.kernels.native import native_for
 FEW = 32  # rows of a head; for more, PyTorch's product is faster than a kernel without tiles
 
 
-def laid_out(weight_HOI: Tensor, bits: int | None) -> Tensor | LowBit:
-    """The weights as ``per_head`` reads them fastest, of so many bits (None: as they are)."""
-    return weight_HOI.contiguous() if bits is None else quantize(weight_HOI, bits)
-
-
 def per_head_reference(x_BTHI: Tensor, weight_HOI: Tensor | LowBit) -> Tensor:
     """x[h] W[h]ᵀ of every head [B, T, H, O]."""
     if isinstance(weight_HOI, LowBit):
-        weight_HOI = dequantize(weight_HOI, x_BTHI.dtype)
+        weight_HOI = dequantize(weight_HOI)
     x_HMI = x_BTHI.flatten(0, 1).transpose(0, 1)
-    out_HMO = torch.bmm(x_HMI, weight_HOI.transpose(1, 2))
+    out_HMO = torch.bmm(x_HMI, weight_HOI.to(x_HMI.dtype).transpose(1, 2))
     return out_HMO.transpose(0, 1).unflatten(0, x_BTHI.shape[:2])
 
 

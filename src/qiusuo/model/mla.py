@@ -25,8 +25,8 @@ from qiusuo.kernels.attention import (
     tiles_of_mask,
 )
 from qiusuo.kernels.latent_attention import latent_attention, walks_pages
-from qiusuo.kernels.low_bit import LowBit, dequantize
-from qiusuo.kernels.per_head import laid_out, per_head
+from qiusuo.kernels.low_bit import LowBit, dequantize, dequantize_bf16
+from qiusuo.kernels.per_head import per_head
 from qiusuo.kernels.rotation import rotate_pairs
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
@@ -149,22 +149,28 @@ class MultiHeadLatentAttention(nn.Module):
         return per_head(out_BTHE[..., : self.latent], to_value_HVC)
 
     def absorb(self) -> None:
-        """Keep every head's two matrices laid out for the absorbed form, in low bits where
-        ``kv_b_proj`` is: values keep their codes; keys, whose rows are others then, are rounded
-        once more. To be called again when the weights have changed."""
-        self.absorbed = tuple(laid_out(half.detach(), self._bits()) for half in self._halves())
+        """Keep every head's two matrices laid out for the absorbed form. Where ``kv_b_proj`` is in
+        low bits, values keep their codes; keys, whose rows are others then, are numbers again: to
+        round them once more would cost quality, and a start its first tenths of a second. To be
+        called again when the weights have changed."""
+        if not isinstance(self.kv_b_proj, LowBitLinear):
+            to_key_HCN, to_value_HVC = (half.detach().contiguous() for half in self._halves())
+            self.absorbed = to_key_HCN, to_value_HVC
+            return
+        packed = self.kv_b_proj.low_bit
+        kv_b_HXC = dequantize_bf16(packed).unflatten(0, (self.heads, -1))
+        to_key_HCN = kv_b_HXC[:, : self.nope].transpose(1, 2).contiguous()
+        codes, scales = (
+            part.unflatten(0, (self.heads, -1))[:, self.nope :].contiguous()
+            for part in (packed.codes, packed.scales)
+        )
+        self.absorbed = to_key_HCN, LowBit(codes, scales, packed.columns)
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         """What makes a key's part of the latent [H, C, N], and a value [H, V, C]."""
-        kv_b_HXC = self._expanding().unflatten(0, (self.heads, -1))
-        to_key_HNC, to_value_HVC = kv_b_HXC.split((self.nope, self.value), dim=1)
+        weight = self.kv_b_proj
+        kv_b = dequantize(weight.low_bit) if isinstance(weight, LowBitLinear) else weight.weight
+        to_key_HNC, to_value_HVC = kv_b.unflatten(0, (self.heads, -1)).split(
+            (self.nope, self.value), dim=1
+        )
         return to_key_HNC.transpose(1, 2), to_value_HVC
-
-    def _expanding(self) -> Tensor:
-        """``kv_b_proj``'s numbers; in float32 where they have codes, which are then found again."""
-        if isinstance(self.kv_b_proj, LowBitLinear):
-            return dequantize(self.kv_b_proj.low_bit)
-        return self.kv_b_proj.weight
-
-    def _bits(self) -> int | None:
-        return self.kv_b_proj.low_bit.bits if isinstance(self.kv_b_proj, LowBitLinear) else None
