@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qiusuo import cli_eval, cli_money
+from qiusuo import cli_bench, cli_eval, cli_money
 from qiusuo.version import __version__
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(cli_money.keys, name="keys")
 app.add_typer(cli_money.accounts, name="accounts")
 app.add_typer(cli_money.prices, name="prices")
+app.add_typer(cli_bench.bench, name="bench")
 app.command("eval")(cli_eval.evaluate)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qiusuo.engine.language_model import LanguageModel
     from qiusuo.engine.limits import Limits
     from qiusuo.model.config import ModelConfig
+    from qiusuo.training.step_profile import StepProfile
 
 HIDDEN_FACTS = ("License", "Languages", "Data", "Limits")  # for the card, not for the table
 
@@ -227,6 +228,36 @@ def show_examination(model: str | None) -> bool:
     show(kernels)
     console.print(f"\n{escape(without_controls(examination.verdict()))}", soft_wrap=True)
     return not examination.faults
+
+
+def show_step(profile: StepProfile) -> None:
+    """A training step's parts: their share of the time, and of what the machine could do."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part")
+    for heading in ("forward", "backward", "of the step", "GFLOP", "GFLOP/s", "of the peak"):
+        table.add_column(heading, justify="right")
+    timed = sum(part.seconds for part in profile.parts)
+    for part in profile.parts:
+        rate = part.flops / part.seconds if part.flops else None
+        table.add_row(
+            part.name,
+            f"{part.forward * 1e3:.1f} ms",
+            f"{part.backward * 1e3:.1f} ms" if part.backward else "–",
+            f"{part.seconds / timed:.0%}",
+            f"{part.flops / 1e9:.1f}" if rate else "–",
+            f"{rate / 1e9:,.0f}" if rate else "–",
+            f"{rate / profile.peak:.0%}" if rate else "–",
+        )
+    console = Console()
+    console.print(table)
+    rate = profile.flops / profile.seconds
+    console.print(
+        f"\nA step of {profile.tokens:,} tokens in {profile.precision}: "
+        f"{profile.seconds * 1e3:.1f} ms ({timed * 1e3:.1f} with the clocks above), "
+        f"{profile.tokens / profile.seconds:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, "
+        f"{rate / profile.peak:.0%} of a large matrix product's {profile.peak / 1e9:,.0f}",
+        highlight=False,
+    )
 
 
 def _plain_table() -> Table:

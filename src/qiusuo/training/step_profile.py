@@ -1,0 +1,253 @@
+"""Where the time of a training step goes, part by part, and how far from the machine's rate it is.
+
+Each module of a part is timed by hooks where its forward and its backward pass begin and end; on a
+CPU these run one after the other, so what is between them is the part's own. The losses make their
+gradients in the forward pass and are no module: they have what the model's blocks leave of it. What
+no part claims is "rest": embedding, residual sums, gradients that are added up. The arithmetic of a
+part is counted from its shapes, as model/cost.py counts it; its rate stands beside that of a large
+matrix product, measured in the same minute.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qiusuo.model.cost import measure
+from qiusuo.model.gqa import GroupedQueryAttention
+from qiusuo.model.layers import MLP, RMSNorm
+from qiusuo.model.mla import MultiHeadLatentAttention
+from qiusuo.model.moe import Experts, Router
+from qiusuo.model.transformer import Transformer
+from qiusuo.training.hardware import keep_freed_memory, matmul_peak
+from qiusuo.training.losses import language_model_losses, make_window
+from qiusuo.training.optimizers import build_optimizers
+from qiusuo.training.recipe import Recipe, RecipeError
+from qiusuo.training.stages import SupervisedStage
+
+WARM_UP = 3  # steps that choose code and room
+
+# A module belongs to the first part whose class it is.
+PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    "attention": (MultiHeadLatentAttention, GroupedQueryAttention),
+    "routed experts": (Experts,),
+    "routers": (Router,),
+    "dense and shared MLPs": (MLP,),
+    "norms between them": (RMSNorm,),
+}
+BLOCKS = "blocks"  # the embedding, all blocks and the last norm
+HEAD, OPTIMIZER, REST = "head and losses", "clip and optimizer", "rest"
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Medians over the steps, in seconds; operations of a step, forward and backward."""
+
+    name: str
+    forward: float
+    backward: float
+    flops: float
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """``seconds`` of a step without hooks, ``peak`` in operations a second."""
+
+    parts: list[PartTime]
+    seconds: float
+    tokens: int
+    flops: float
+    peak: float
+    precision: str
+
+
+Seconds = dict[tuple[str, str], float]  # by part and direction
+
+
+class _Clock:
+    """Seconds of one step; of what is begun twice, as a part inside its like, the outer counts."""
+
+    def __init__(self) -> None:
+        self.seconds: Seconds = defaultdict(float)
+        self.began: dict[tuple[str, str], float] = {}
+
+    def start(self, part: str, direction: str) -> None:
+        self.began.setdefault((part, direction), time.perf_counter())
+
+    def stop(self, part: str, direction: str) -> None:
+        began = self.began.pop((part, direction), None)
+        if began is not None:
+            self.seconds[part, direction] += time.perf_counter() - began
+
+    def taken(self) -> Seconds:
+        seconds, self.seconds, self.began = dict(self.seconds), defaultdict(float), {}
+        return seconds
+
+
+def profile_step(recipe: Recipe, steps: int, device: str = "cpu") -> StepProfile:
+    """The first stage of a recipe that learns from text, on random tokens. RecipeError where it
+    has none, or begins with a checkpoint."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
+    if not stages or recipe.base is not None:
+        raise RecipeError(
+            f"{recipe.name}: to profile a step, the recipe needs [model] and a stage of kind "
+            "pretrain, sft or distil"
+        )
+    stage = stages[0]
+    model = Transformer(recipe.model_for(recipe.tokenizer.vocab_size)).to(device)
+    model.initialize(torch.Generator().manual_seed(recipe.seed))
+    keep_freed_memory()
+    step = _Step(model, stage, device)
+    for _ in range(WARM_UP):
+        step.run()
+    plain = [step.run()["step", "forward"] for _ in range(steps)]
+    with _hooks(model) as clock:
+        timed = [step.run(clock) for _ in range(steps)]
+    flops = flops_by_part(model, step.batch * stage.sequence_length, stage.sequence_length)
+    return StepProfile(
+        _parts(timed, flops),
+        statistics.median(plain),
+        step.batch * stage.sequence_length,
+        sum(flops.values()),
+        matmul_peak(step.dtype, torch.device(device).type),
+        stage.precision,
+    )
+
+
+def flops_by_part(model: Transformer, tokens: int, sequence_length: int) -> dict[str, float]:
+    """Operations of a step, forward and backward: six for each weight that a token is multiplied
+    with; for attention's scores and results as for so many weights, at half the sequence."""
+    cost = measure(model.config)
+    weights: dict[str, float] = defaultdict(float)
+    for _, module, part in _modules(model):
+        numbers = sum(p.numel() for p in module.parameters() if p.ndim > 1)
+        if isinstance(module, Experts):
+            numbers = numbers * _per_token(model) // len(module.gate_up_proj)
+        weights[part] += numbers
+    weights["attention"] += (cost.attention_width + cost.attention_width_mtp) * sequence_length / 2
+    passes = 1 + model.config.num_nextn_predict_layers
+    weights[HEAD] = passes * model.lm_head.weight.numel()
+    whole = cost.training_flops(sequence_length) / 6
+    weights[REST] = max(0.0, whole - sum(weights.values()))  # what joins an MTP module's inputs
+    return {part: 6.0 * tokens * numbers for part, numbers in weights.items()}
+
+
+def _per_token(model: Transformer) -> int:
+    return next(iter(model.routers().values())).choice.per_token
+
+
+def _modules(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every module that is timed, with its part. What is inside another one is that one's; what
+    joins and ends an MTP module's block stands outside of it, with the head."""
+    for name, module in model.named_modules():
+        part = next((part for part, kinds in PARTS.items() if isinstance(module, kinds)), None)
+        outside = name.endswith(("enorm", "hnorm", "shared_head.norm"))
+        if part is not None and ".self_attn." not in name and not outside:
+            yield name, module, part
+
+
+def _parts(timed: list[Seconds], flops: dict[str, float]) -> list[PartTime]:
+    """Medians; what the blocks and the clock leave of a pass is the head's and the rest's."""
+    found = []
+    for one in timed:
+        known = {key: seconds for key, seconds in one.items() if key[0] in (*PARTS, OPTIMIZER)}
+        inside = sum(known[part, "forward"] for part in PARTS if (part, "forward") in known)
+        behind = sum(known[part, "backward"] for part in PARTS if (part, "backward") in known)
+        known[HEAD, "forward"] = one["pass", "forward"] - one[BLOCKS, "forward"]
+        known[REST, "forward"] = one[BLOCKS, "forward"] - inside
+        known[REST, "backward"] = one["pass", "backward"] - behind
+        found.append(known)
+
+    def median(part: str, direction: str) -> float:
+        return statistics.median(one.get((part, direction), 0.0) for one in found)
+
+    names = [
+        name
+        for name in (*PARTS, HEAD, OPTIMIZER, REST)
+        if any((name, "forward") in one for one in found)
+    ]
+    return [
+        PartTime(name, median(name, "forward"), median(name, "backward"), flops.get(name, 0.0))
+        for name in names
+    ]
+
+
+class _Step:
+    """One step as ``SupervisedSteps`` takes it, with one micro-batch of random tokens."""
+
+    def __init__(self, model: Transformer, stage: SupervisedStage, device: str) -> None:
+        self.model, self.stage, self.device = model, stage, device
+        self.dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
+        self.batch = stage.micro_batch_size or stage.batch_size
+        self.optimizers = build_optimizers(model, stage.optimizer)
+        depth = model.config.num_nextn_predict_layers
+        shape = self.batch, stage.sequence_length + 1 + depth
+        chance = torch.Generator().manual_seed(0)
+        tokens_BS = torch.randint(model.config.vocab_size, shape, generator=chance).to(device)
+        documents_BS = torch.zeros_like(tokens_BS)
+        valid_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+        self.window = make_window(tokens_BS, documents_BS, valid_BS, depth, isolate=False)
+        self.forward = language_model_losses
+        if stage.compile:
+            self.forward = torch.compile(language_model_losses, dynamic=False)
+
+    def run(self, clock: _Clock | None = None) -> Seconds:
+        """Take a step; the seconds of it and of its passes, and of what the clock's hooks saw."""
+        clock, began = clock or _Clock(), time.perf_counter()
+        clock.start("pass", "forward")
+        with torch.autocast(self.device, self.dtype, self.dtype != torch.float32):
+            losses = self.forward(self.model, self.window)
+        count = self.window.labels[0].numel()
+        total = losses.main / count + self.stage.balance.sequence_weight * losses.balance
+        for ahead in losses.mtp:
+            total = total + self.stage.mtp_weight / len(losses.mtp) * ahead / count
+        clock.stop("pass", "forward")
+        clock.start("pass", "backward")
+        total.backward()
+        clock.stop("pass", "backward")
+        clock.start(OPTIMIZER, "forward")
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.clip).item()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        clock.stop(OPTIMIZER, "forward")
+        return {**clock.taken(), ("step", "forward"): time.perf_counter() - began}
+
+
+@contextmanager
+def _hooks(model: Transformer) -> Iterator[_Clock]:
+    clock = _Clock()
+    handles: list[Any] = []
+    for _, module, part in _modules(model):
+        handles += [
+            module.register_forward_pre_hook(_told(clock.start, part, "forward")),
+            module.register_forward_hook(_told(clock.stop, part, "forward")),
+            module.register_full_backward_pre_hook(_told(clock.start, part, "backward")),
+            module.register_full_backward_hook(_told(clock.stop, part, "backward")),
+        ]
+    for module in (model, *model.model.mtp_blocks):
+        handles.append(module.register_forward_pre_hook(_told(clock.start, BLOCKS, "forward")))
+        handles.append(module.register_forward_hook(_told(clock.stop, BLOCKS, "forward")))
+    try:
+        yield clock
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _told(report: Callable[[str, str], None], part: str, direction: str) -> Callable[..., None]:
+    return lambda *given: report(part, direction)
