@@ -5,7 +5,8 @@
     .venv/bin/python benchmarks/quantization_quality.py runs/quickstart --as-it-runs
 
 The bfloat16 weights of a run are stored in a format and read back (weight_formats.py), and the
-model computes in float32, so that nothing else differs. Scored are the solutions of the run's
+model computes in float32, so that nothing else differs. "calibrated": int4 after the model has
+read training problems and text (checkpoint/calibration.py). Scored are the solutions of the run's
 held-out problems (the answers' tokens) and the validation text of its corpora. `--as-it-runs` adds
 the quantised models themselves, which also round what they multiply with.
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import qiusuo
+from qiusuo.checkpoint.calibration import calibrate, token_rows
 from qiusuo.checkpoint.load import load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Checkpoint
@@ -40,15 +42,20 @@ from qiusuo.evaluation.bits import bits_per_character
 from qiusuo.training.given_tasks import problem_at, task_of
 from qiusuo.training.recipe import Recipe, read_recipe
 from qiusuo.training.stages import PretrainStage
-from weight_formats import FINER, Coded
+from weight_formats import FINER, MIXED, Coded
 
 BASE = "bfloat16"
-MOST_MORE = {"int8": 0.005, "int4": 0.04}  # perplexity over that of bfloat16
-PEERS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_K")}
+MOST_MORE = {
+    "int8": 0.005,
+    "int4": 0.04,
+    "int4, calibrated": 0.04,
+}  # perplexity over that of bfloat16
+PEERS = {"int8": ("Q8_0",), "int4": ("Q4_0", MIXED), "int4, calibrated": ("Q4_0", MIXED)}
 EQUAL_BITS = 0.05  # a peer with more bits a weight than so is shown, and no measure
 # Two roundings equally good differ by so much either way: in perplexity, in divergence.
 ALIKE = {"perplexity": 0.0005, "divergence": 0.05}
 BEGINNING, BEGINNINGS = 256, 64  # tokens, documents
+CALIBRATION_PROBLEMS, CALIBRATION_TOKENS = 100, 16384  # of each task, of text
 Row = dict[str, float]
 
 
@@ -77,9 +84,12 @@ def measured(run: Path, options: argparse.Namespace) -> dict[str, Row]:
         coded = Coded(kind)
         lm = model_of(coded.checkpoint(checkpoint))
         rows[kind] = coded.facts() | score(lm, texts, base)
+    coded = Coded("int4", calibrate(base.model, calibration_rows(recipe, base.needed_tokenizer())))
+    lm = model_of(coded.checkpoint(checkpoint))
+    rows["int4, calibrated"] = coded.facts() | score(lm, texts, base)
     if options.as_it_runs:
         rows[f"{BASE}, as it runs"] = score(qiusuo.load(run / "model", draft="none"), texts, base)
-        for kind in MOST_MORE:
+        for kind in ("int8", "int4"):
             lm = qiusuo.load(run / "model", draft="none", quantize=kind)
             rows[f"{kind}, as it runs"] = score(lm, texts, base)
     return rows
@@ -128,6 +138,27 @@ def texts_of(recipe: Recipe, tokenizer: Tokenizer, options: argparse.Namespace) 
     if not answers and not documents:
         raise SystemExit(f"{recipe.name}: its recipe has neither tasks to answer nor corpora")
     return Texts(answers, documents)
+
+
+def calibration_rows(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
+    """Training problems with their solutions, and training text."""
+    asker = Asker(tokenizer, recipe.ask.text, recipe.ask.thinking, recipe.ask.system)
+    rows = []
+    for entry in recipe.evaluation.answers or recipe.evaluation.tasks:
+        for index in range(CALIBRATION_PROBLEMS):
+            problem, chance = problem_at(entry, "train", 0, index), random.Random(index)
+            solution = task_of(entry).solution(problem, chance, thought=recipe.ask.thinking)
+            rows.append(asker.prompt_ids(problem) + asker.answer_ids(solution))
+    corpora = [
+        split_corpus(
+            open_corpus(corpus.source),
+            validation_fraction=stage.data.validation_fraction,
+            seed=recipe.seed,
+        ).train()
+        for stage in [stage for stage in recipe.stages if isinstance(stage, PretrainStage)][:1]
+        for corpus in stage.data.corpora
+    ]
+    return rows + token_rows(tokenizer, corpora, CALIBRATION_TOKENS, context=512)
 
 
 def score(lm: LanguageModel, texts: Texts, base: LanguageModel) -> Row:

@@ -5,8 +5,8 @@ The same matrices are taken in every format, those that `qiusuo quantize` takes,
 wheel xllamacpp, which searches for its scales where Python's gguf only divides.
 
 Formats need rows of whole blocks. Q8_0 and Q4_0 have 32 numbers in a block, Q4_K 256: as in
-llama-quantize, rows that are not so long are Q5_0 instead of Q4_K. Where even 32 does not divide
-them they stay bfloat16.
+llama-quantize, rows that are not so long are Q5_0 instead of Q4_K, with a bit more a weight; in
+MIXED they are Q4_0, with as many. Where even 32 does not divide them they stay bfloat16.
 """
 
 from __future__ import annotations
@@ -22,44 +22,57 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as from_gguf
 from torch import Tensor
 
+from qiusuo.checkpoint.calibration import Calibration
 from qiusuo.checkpoint.stored import Checkpoint, StoredTensor
-from qiusuo.checkpoint.tensors import copies
+from qiusuo.checkpoint.tensors import Part, copies, disk_layout, meta_state
 from qiusuo.kernels.low_bit import dequantize, quantize
 
 EIGHT = ("lm_head.weight", "kv_b_proj.weight")  # in 8 bits where the rest has four
 # What those are stored as, by what the rest is.
-FINER = {"Q8_0": "Q8_0", "Q4_0": "Q8_0", "Q4_K": "Q8_0", "int8": "int8", "int4": "int8"}
+MIXED = "Q4_K and Q4_0"
+FINER = dict.fromkeys(("Q8_0", "Q4_0", "Q4_K", MIXED), "Q8_0") | {
+    "int8": "int8",
+    "int4": "int8",
+}
 OURS = {"int8": 8, "int4": 4}
 
 
 class Coded:
     """The weights of a checkpoint after they have been stored as ``kind``."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, calibration: Calibration | None = None) -> None:
+        self.kind, self.calibration = kind, calibration
         self.taken: dict[str, int] = {}  # numbers stored as each kind
         self.bits = 0.0
 
     def checkpoint(self, plain: Checkpoint) -> Checkpoint:
-        tensors = dict(plain.tensors)
+        tensors, parts = (
+            dict(plain.tensors),
+            dict(disk_layout(plain.config, meta_state(plain.config))),
+        )
         for name in copies(plain.config):  # the same numbers again, in an MTP module
             tensors.pop(name, None)
         for name, tensor in tensors.items():
             if is_quantized(name):
                 kind = FINER[self.kind] if name.endswith(EIGHT) else self.kind
-                tensors[name] = self._through(tensor, kind)
+                tensors[name] = self._through(tensor, kind, parts[name])
         return replace(plain, tensors=tensors)
 
-    def _through(self, tensor: StoredTensor, kind: str) -> StoredTensor:
+    def _through(self, tensor: StoredTensor, kind: str, part: Part) -> StoredTensor:
         kind, columns = stored_kind(kind, tensor.shape[1]), tensor.shape[1]
         numbers = tensor.shape[0] * columns
         self.taken[kind] = self.taken.get(kind, 0) + numbers
         self.bits += numbers * bits_of(kind, columns)
+        if kind in OURS and self.calibration is not None:
+            matters = self.calibration.of(part)
+            return _Through(tensor, lambda rows: dequantize(quantize(rows, OURS[kind], matters)))
         return _Through(tensor, CODERS.get(kind) or through_llama(kind))
 
     def facts(self) -> dict[str, float]:
         whole = sum(self.taken.values())
         own = sum(self.taken.get(kind, 0) for kind in {self.kind, FINER[self.kind]})
+        if self.kind == MIXED:
+            own = whole
         return {"bits per weight": self.bits / whole, "other types": 1 - own / whole}
 
 
@@ -73,8 +86,9 @@ def is_quantized(name: str) -> bool:
 def stored_kind(kind: str, columns: int) -> str:
     if kind in CODERS:
         return kind
-    if kind == "Q4_K" and columns % 256:
-        kind = "Q5_0"
+    if kind in ("Q4_K", MIXED):
+        long = columns % 256 == 0
+        kind = "Q4_K" if long else "Q5_0" if kind == "Q4_K" else "Q4_0"
     return "bfloat16" if columns % 32 else kind
 
 

@@ -69,7 +69,7 @@ inline float sum_of(float *terms) {  // as a tree: fast, and the same on every p
     return terms[0];
 }
 
-inline half quantize_four(const float *numbers, uint8_t *codes) {
+inline half quantize_four(const float *numbers, const float *counts, uint8_t *codes) {
     float farthest = 0;
     for (int i = 0; i < BLOCK; i++)
         farthest = std::fabs(numbers[i]) > std::fabs(farthest) ? numbers[i] : farthest;
@@ -83,15 +83,15 @@ inline half quantize_four(const float *numbers, uint8_t *codes) {
             nearest(numbers, farthest / end * stretch, index);
             for (int i = 0; i < BLOCK; i++) {
                 const float level = LEVELS[index[i]];
-                products[i] = numbers[i] * level;
-                squares[i] = level * level;
+                products[i] = counts[i] * numbers[i] * level;
+                squares[i] = counts[i] * (level * level);
             }
             const half scale = to_half(sum_of(products) / sum_of(squares));
             const float factor = from_half(scale);
             nearest(numbers, factor, index);
             for (int i = 0; i < BLOCK; i++) {
                 const float off = numbers[i] - LEVELS[index[i]] * factor;
-                squares[i] = off * off;
+                squares[i] = counts[i] * (off * off);
             }
             const float error = sum_of(squares);
             if (error < best) {
@@ -106,13 +106,17 @@ inline half quantize_four(const float *numbers, uint8_t *codes) {
 }
 
 template <int BITS, class T>
-void quantize_row(const T *from, int64_t columns, uint8_t *codes, half *scales) {
+void quantize_row(const T *from, const float *importance, int64_t columns, uint8_t *codes,
+                  half *scales) {
     for (int64_t at = 0; at < columns; at += BLOCK) {
-        float numbers[BLOCK] = {};
+        float numbers[BLOCK] = {}, counts[BLOCK];
         const int64_t left = columns - at < BLOCK ? columns - at : BLOCK;
         for (int64_t i = 0; i < left; i++) numbers[i] = widened(from[at + i]);
+        for (int64_t i = 0; i < BLOCK; i++)
+            counts[i] = importance && i < left ? importance[at + i] : 1.0f;
         uint8_t *const to = codes + at * BITS / 8;
-        scales[at / BLOCK] = BITS == 8 ? quantize_eight(numbers, to) : quantize_four(numbers, to);
+        scales[at / BLOCK] =
+            BITS == 8 ? quantize_eight(numbers, to) : quantize_four(numbers, counts, to);
     }
 }
 
@@ -141,9 +145,11 @@ template <int BITS>
 void quantize_of(const Conversion &call) {
     for_rows<BITS>(call, [&](int64_t r, uint8_t *codes, half *scales) {
         if (call.kind == 0)
-            quantize_row<BITS>(static_cast<const float *>(call.from) + r * call.I, call.I, codes, scales);
+            quantize_row<BITS>(static_cast<const float *>(call.from) + r * call.I, call.importance,
+                               call.I, codes, scales);
         else
-            quantize_row<BITS>(static_cast<const bf16 *>(call.from) + r * call.I, call.I, codes, scales);
+            quantize_row<BITS>(static_cast<const bf16 *>(call.from) + r * call.I, call.importance,
+                               call.I, codes, scales);
     });
 }
 

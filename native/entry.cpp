@@ -66,14 +66,15 @@ void qiusuo_dequantize(int isa, int bits, const void *codes, const void *scales,
     kernels_of(isa)->dequantize(
         bits, {nullptr, 1, static_cast<uint8_t *>(const_cast<void *>(codes)),
                static_cast<uint16_t *>(const_cast<void *>(scales)), static_cast<uint16_t *>(out),
-               rows, I});
+               rows, I, nullptr});
 }
 
-// Codes and scales of rows [rows, I], which must be finite.
-void qiusuo_quantize(int isa, int bits, const void *from, int kind, void *codes, void *scales,
-                     int64_t rows, int64_t I) {
+// Codes and scales of rows [rows, I], which must be finite. importance [I], or null: how much each
+// column's squared error counts, in 4 bits.
+void qiusuo_quantize(int isa, int bits, const void *from, int kind, const float *importance,
+                     void *codes, void *scales, int64_t rows, int64_t I) {
     kernels_of(isa)->quantize(bits, {from, kind, static_cast<uint8_t *>(codes),
-                                     static_cast<uint16_t *>(scales), nullptr, rows, I});
+                                     static_cast<uint16_t *>(scales), nullptr, rows, I, importance});
 }
 
 // Whether there is a kernel for latent attention on pages of such rows, for this instruction set.

@@ -45,6 +45,7 @@ struct Conversion {  // between numbers and codes
     uint16_t *scales;
     uint16_t *numbers;
     int64_t rows, I;
+    const float *importance;  // [I] of the columns, or null: all alike
 };
 
 struct Kernels {

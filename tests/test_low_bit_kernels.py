@@ -195,13 +195,17 @@ def test_bfloat16_weights(number: int, M: int, wide: int, columns: int) -> None:
 @every_instruction_set
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("columns", [5, 64, 1000])
-def test_conversions_are_those_of_the_reference(number: int, bits: int, columns: int) -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_conversions_are_those_of_the_reference(
+    number: int, bits: int, columns: int, weighed: bool
+) -> None:
+    importance = torch.rand(columns).exp() ** 4 if weighed else None
     rows = torch.randn(37, columns) * torch.rand(37, 1)
     rows[3], rows[5], rows[6, 0] = 0, rows[5] * 1e-6, 1e6
     for given in (rows, rows.bfloat16()):
-        wanted = low_bit._quantize_reference(given, bits)
+        wanted = low_bit._quantize_reference(given, bits, importance)
         codes, scales = torch.empty_like(wanted.codes), torch.empty_like(wanted.scales)
-        of(number).quantize(given, codes, scales)
+        of(number).quantize(given, codes, scales, importance)
         # Sums of another order may round a scale to its neighbour in float16.
         assert float((scales != wanted.scales).float().mean()) < 0.002
         same = (scales == wanted.scales).repeat_interleave(4 * bits, 1)
@@ -209,6 +213,20 @@ def test_conversions_are_those_of_the_reference(number: int, bits: int, columns:
     out = torch.empty(37, columns, dtype=torch.bfloat16)
     of(number).dequantize(wanted.codes, wanted.scales, columns, out)
     assert torch.equal(out, low_bit.dequantize(wanted, torch.bfloat16))
+
+
+def test_error_is_put_where_it_matters_least() -> None:
+    torch.manual_seed(0)
+    weight, importance = torch.randn(200, 96), torch.rand(96) ** 4 + 1e-3
+    plain, weighed = low_bit.quantize(weight, 4), low_bit.quantize(weight, 4, importance)
+    lost, lost_weighed = (
+        ((low_bit.dequantize(one) - weight).square() * importance).sum() for one in (plain, weighed)
+    )
+    assert lost_weighed < 0.93 * lost
+    assert torch.equal(low_bit.quantize(weight, 4, torch.ones(96)).codes, plain.codes)
+    for wrong in (torch.ones(95), torch.zeros(96)):
+        with pytest.raises(ValueError, match="96 positive numbers"):
+            low_bit.quantize(weight, 4, wrong)
 
 
 @every_instruction_set

@@ -18,7 +18,7 @@ void qiusuo_experts(int isa, int bits, const void *x, int kind, const int64_t *i
                     int64_t E, int64_t D, int64_t F);
 void qiusuo_dequantize(int isa, int bits, const void *codes, const void *scales, void *out,
                        int64_t rows, int64_t I);
-void qiusuo_quantize(int isa, int bits, const void *rows, int kind, void *codes, void *scales,
+void qiusuo_quantize(int isa, int bits, const void *rows, int kind, const float *importance, void *codes, void *scales,
                      int64_t count, int64_t I);
 int qiusuo_walks_pages(int isa, int64_t width, int64_t latent, int64_t page_tokens);
 void qiusuo_latent_attention(const void *queries, const void *entries, const int64_t *tables,
@@ -175,7 +175,8 @@ void check_dequantize(Draws &draw, int isa, int bits, int64_t rows, int64_t colu
 void check_quantize(Draws &draw, int isa, int bits, int kind, int64_t rows, int64_t columns) {
     const Rows x(draw, rows, columns);
     Weight made(draw, bits, rows, columns);
-    qiusuo_quantize(isa, bits, x.at(kind), kind, made.codes.get(), made.scales.get(), rows, columns);
+    qiusuo_quantize(isa, bits, x.at(kind), kind, nullptr, made.codes.get(), made.scales.get(), rows,
+                    columns);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t b = 0; b < blocks(columns); ++b) {
             const int64_t block = r * blocks(columns) + b;

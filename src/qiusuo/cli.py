@@ -299,15 +299,29 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     to: Annotated[str, typer.Option(help="int8 or int4.")],
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For int4: text that is like what the model will read (a file, a folder, a "
+            "corpus; repeatable), to find which columns matter. The model is loaded for it."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="To read of it.")] = 32768,
 ) -> None:
     """Write a model in 8 or 4 bits, to run faster and in less memory, without loading it whole."""
+    from qiusuo.checkpoint.calibration import calibrate_on
     from qiusuo.checkpoint.open import open_checkpoint
-    from qiusuo.checkpoint.quantize import quantize_checkpoint
+    from qiusuo.checkpoint.quantize import check_quantizable, quantize_checkpoint
     from qiusuo.terminal import show_progress, show_quantized
 
     checkpoint = open_checkpoint(model)
+    check_quantizable(checkpoint, out, to)
+    calibration = None
+    if calibrate:
+        with show_progress("reading") as progress:
+            calibration = calibrate_on(checkpoint, calibrate, calibration_tokens, progress)
     with show_progress(out.name) as progress:
-        made = quantize_checkpoint(checkpoint, out, to, progress)
+        made = quantize_checkpoint(checkpoint, out, to, progress, calibration)
     show_quantized(made)
     typer.echo(f"{model} is in {out}")
 

@@ -212,10 +212,12 @@ def _map(path: Path) -> Tensor:
 # -- making -------------------------------------------------------------------------------
 
 
-def quantized_rows(rows: Tensor, bits: int, place: str) -> LowBit:
+def quantized_rows(
+    rows: Tensor, bits: int, place: str, importance_I: Tensor | None = None
+) -> LowBit:
     """Some rows in low bits. CheckpointError naming ``place`` for what cannot be."""
     try:
-        return quantize(rows, bits)
+        return quantize(rows, bits, importance_I)
     except ValueError as error:
         raise CheckpointError(
             f"{place} cannot be quantised: {error}; look at the whole with `qiusuo doctor`"

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from qiusuo.checkpoint.calibration import Calibration
 from qiusuo.checkpoint.files import CheckpointError, replacing_folder
 from qiusuo.checkpoint.huggingface import SINGLE_FILE, write_configs
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
@@ -79,14 +80,8 @@ class Made:
         return total
 
 
-def quantize_checkpoint(
-    checkpoint: Checkpoint, folder: str | Path, to: str, progress: Progress | None = None
-) -> Made:
-    """Write ``checkpoint`` to a new folder, ``to`` "int8" or "int4". It is there whole or not at
-    all; ``progress`` is told of bytes written. CheckpointError where there is something already,
-    for a checkpoint that is quantised so or not whole, a weight that is not finite, and a disk
-    without room."""
-    folder = Path(folder)
+def check_quantizable(checkpoint: Checkpoint, folder: Path, to: str) -> None:
+    """Refuse what ``quantize_checkpoint`` could not make, before any time is spent on it."""
     if to not in BITS:
         raise CheckpointError(f"{to!r} is not one of {', '.join(BITS)}")
     if checkpoint.low_bit is not None:
@@ -97,18 +92,37 @@ def quantize_checkpoint(
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there already: give a new or empty folder")
     check_inventory(checkpoint)
-    tokenizer = checkpoint.read_tokenizer()
-    check_tokenizer(checkpoint, tokenizer)
+    check_tokenizer(checkpoint, checkpoint.read_tokenizer())
     check_copies(checkpoint, checkpoint.tensors)
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    to: str,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+) -> Made:
+    """Write ``checkpoint`` to a new folder, ``to`` "int8" or "int4". It is there whole or not at
+    all; ``progress`` is told of bytes written. ``calibration``: which columns matter, for 4 bits.
+    CheckpointError where there is something already,
+    for a checkpoint that is quantised so or not whole, a weight that is not finite, and a disk
+    without room."""
+    folder = Path(folder)
+    check_quantizable(checkpoint, folder, to)
+    tokenizer = checkpoint.read_tokenizer()
     planned = planned_file(checkpoint.config, BITS[to])
     _check_room(folder, sum(tensor.bytes for tensor in planned))
     made = Made(folder)
     with replacing_folder(folder) as draft:
-        write_configs(draft, checkpoint, torch.bfloat16, quantization_config(BITS[to]))
+        facts = quantization_config(BITS[to])
+        if calibration is not None:
+            facts["calibration_tokens"] = calibration.tokens
+        write_configs(draft, checkpoint, torch.bfloat16, facts)
         if tokenizer is not None:
             tokenizer.save(draft)
         with (draft / SINGLE_FILE).open("wb") as file:
-            _write(_OpenFile(file, planned), checkpoint, BITS[to], made, progress)
+            _write(_OpenFile(file, planned), checkpoint, BITS[to], made, calibration, progress)
     return made
 
 
@@ -145,15 +159,21 @@ class _OpenFile:
 
 
 def _write(
-    out: _OpenFile, checkpoint: Checkpoint, bits: int, made: Made, progress: Progress | None
+    out: _OpenFile,
+    checkpoint: Checkpoint,
+    bits: int,
+    made: Made,
+    calibration: Calibration | None,
+    progress: Progress | None,
 ) -> None:
     plain = meta_state(checkpoint.config)
     low = low_bit_weights(meta_model(checkpoint.config), bits)
     for name, part in disk_layout(checkpoint.config, plain):
         source, first = checkpoint.tensors[name], first_row(part, plain[part.name])
         before, lost, held = out.written, 0.0, 0.0
+        matters = None if calibration is None else calibration.of(part)
         for start, rows in chunks(source):
-            kept = _put(out, part, first + start, rows, low.get(part.name), source)
+            kept = _put(out, part, first + start, rows, low.get(part.name), source, matters)
             lost += _squares(rows.float() - kept.float())
             held += _squares(rows.float())
             if progress is not None:
@@ -169,14 +189,20 @@ def _squares(rows: Tensor) -> float:
 
 
 def _put(
-    out: _OpenFile, part: Part, row: int, rows: Tensor, bits: int | None, source: StoredTensor
+    out: _OpenFile,
+    part: Part,
+    row: int,
+    rows: Tensor,
+    bits: int | None,
+    source: StoredTensor,
+    importance_I: Tensor | None,
 ) -> Tensor:
     """Write some rows; the numbers that the file now means."""
     if bits is None:
         kept = narrowed(rows, FILE_DTYPES[out.tensors[part.name].kind], source.place)
         out.put(part.name, row, kept)
         return kept
-    found = quantized_rows(rows, bits, source.place)
+    found = quantized_rows(rows, bits, source.place, importance_I)
     out.put(stem(part.name) + CODES, row, found.codes)
     out.put(stem(part.name) + SCALES, row, found.scales)
     return dequantize(found)

@@ -7,7 +7,8 @@ less squared error than sixteen equal steps. All levels are 8-bit integers, so t
 of the processor multiplies them, whatever they are stored in (native/README.md).
 
 A block's scale is the one that leaves the least squared error among a few candidates. It may be
-negative: the sixteen levels reach further below zero than above.
+negative: the sixteen levels reach further below zero than above. Where it is known how much each
+column matters, 4 bits weigh its error by that (checkpoint/calibration.py).
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ def code_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tup
     return (*lead, blocks * BLOCK * bits // 8), (*lead, blocks)
 
 
-def quantize(weight_OI: Tensor, bits: int) -> LowBit:
-    """``weight`` [..., O, I] in 8 or 4 bits. ValueError for another number of bits, and for a
-    weight that is not finite or too large for a float16 scale."""
+def quantize(weight_OI: Tensor, bits: int, importance_I: Tensor | None = None) -> LowBit:
+    """``weight`` [..., O, I] in 8 or 4 bits. ``importance``: how much a squared error of each
+    column counts, positive; 8 bits have no use for it. ValueError for another number of bits, and
+    for a weight that is not finite or too large for a float16 scale."""
     if bits not in (8, 4):
         raise ValueError(f"bits must be 8 or 4, not {bits}")
     weight_OI = weight_OI.detach()
@@ -83,31 +85,47 @@ def quantize(weight_OI: Tensor, bits: int) -> LowBit:
             raise ValueError("a weight is not finite")
         if float(torch.maximum(-least, most)) > 0.8 * _LARGEST * 108:
             raise ValueError("a weight is too large for a float16 scale")
+    if importance_I is not None:
+        importance_I = importance_I.float().contiguous()
+        positive = bool((importance_I > 0).all())
+        if importance_I.shape != weight_OI.shape[-1:] or not positive:
+            raise ValueError(f"importance: {weight_OI.shape[-1]} positive numbers are wanted")
     library = native() if weight_OI.device.type == "cpu" else None
     return (
-        _quantize_reference(weight_OI, bits)
+        _quantize_reference(weight_OI, bits, importance_I)
         if library is None
-        else _quantize_native(library, weight_OI, bits)
+        else _quantize_native(library, weight_OI, bits, importance_I)
     )
 
 
-def _quantize_native(library: Native, weight_OI: Tensor, bits: int) -> LowBit:
+def _quantize_native(
+    library: Native, weight_OI: Tensor, bits: int, importance_I: Tensor | None
+) -> LowBit:
     shape, scale_shape = code_shapes(tuple(weight_OI.shape), bits)
     codes = torch.empty(shape, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales = torch.empty(scale_shape, dtype=torch.float16)
     rows_OI = weight_OI.flatten(0, -2)
     if rows_OI.dtype is not torch.bfloat16:
         rows_OI = rows_OI.float()
-    library.quantize(rows_OI.contiguous(), codes.flatten(0, -2), scales.flatten(0, -2))
+    flat = codes.flatten(0, -2), scales.flatten(0, -2)
+    library.quantize(rows_OI.contiguous(), *flat, importance_I)
     return LowBit(codes, scales, weight_OI.shape[-1])
 
 
-def _quantize_reference(weight_OI: Tensor, bits: int) -> LowBit:
-    padded = F.pad(weight_OI, (0, -weight_OI.shape[-1] % BLOCK))
+def _quantize_reference(weight_OI: Tensor, bits: int, importance_I: Tensor | None = None) -> LowBit:
+    rest = -weight_OI.shape[-1] % BLOCK
+    padded = F.pad(weight_OI, (0, rest))
+    if importance_I is None:
+        importance_I = padded.new_ones(weight_OI.shape[-1], dtype=torch.float32)
+    every = F.pad(importance_I, (0, rest), value=1.0).expand(padded.shape).reshape(-1, BLOCK)
     shape, scale_shape = code_shapes(tuple(weight_OI.shape), bits)
     codes, scales = [], []
-    for block_nc in padded.reshape(-1, BLOCK).split(_CHUNK // BLOCK):
-        code_nc, scale_n = (_eight if bits == 8 else _four)(block_nc.float())
+    chunk = _CHUNK // BLOCK
+    for block_nc, counts_nc in zip(
+        padded.reshape(-1, BLOCK).split(chunk), every.split(chunk), strict=True
+    ):
+        values_nc = block_nc.float()
+        code_nc, scale_n = _eight(values_nc) if bits == 8 else _four(values_nc, counts_nc)
         codes.append(code_nc)
         scales.append(scale_n)
     return LowBit(
@@ -261,7 +279,7 @@ def _eight(values_nc: Tensor) -> tuple[Tensor, Tensor]:
     return level_nc.to(torch.int8), scale_n
 
 
-def _four(values_nc: Tensor) -> tuple[Tensor, Tensor]:
+def _four(values_nc: Tensor, counts_nc: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=values_nc.device)
     between = (levels[1:] + levels[:-1]) / 2
     farthest_n = values_nc.gather(1, values_nc.abs().argmax(1, keepdim=True))[:, 0]
@@ -273,10 +291,12 @@ def _four(values_nc: Tensor) -> tuple[Tensor, Tensor]:
                 torch.bucketize(values_nc / _nonzero(farthest_n / end * stretch), between)
             ]
             # With the levels chosen, the best scale is a division (least squares).
-            fitted_n = (values_nc * rough_nc).sum(1) / rough_nc.square().sum(1)
+            products_n = (counts_nc * values_nc * rough_nc).sum(1)
+            fitted_n = products_n / (counts_nc * rough_nc.square()).sum(1)
             scale_n = fitted_n.half()
             level_nc = levels[torch.bucketize(values_nc / _nonzero(scale_n), between)]
-            error_n = (values_nc - level_nc * scale_n.float()[:, None]).square().sum(1)
+            off_nc = values_nc - level_nc * scale_n.float()[:, None]
+            error_n = (counts_nc * off_nc.square()).sum(1)
             better = error_n < best
             best = torch.where(better, error_n, best)
             best_scale = torch.where(better, scale_n, best_scale)

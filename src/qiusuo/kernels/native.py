@@ -137,14 +137,18 @@ class Native:
         check("out", out_OI, (len(codes), columns), torch.bfloat16)
         self._run("qiusuo_dequantize", bits, at(codes), at(scales), at(out_OI), len(codes), columns)
 
-    def quantize(self, rows_OI: Tensor, codes: Tensor, scales: Tensor) -> None:
+    def quantize(
+        self, rows_OI: Tensor, codes: Tensor, scales: Tensor, importance_I: Tensor | None = None
+    ) -> None:
         """Choose codes and scales as ``low_bit.quantize`` does. All of it must be finite."""
         rows, columns = rows_OI.shape
         bits = _check_weight("the weight", codes, scales, (rows,), columns)
         check("rows", rows_OI, (rows, columns), *KINDS)
+        if importance_I is not None:
+            check("importance", importance_I, (columns,), torch.float32)
         self._run(
-            "qiusuo_quantize", bits, at(rows_OI), KINDS[rows_OI.dtype], at(codes), at(scales),
-            rows, columns,
+            "qiusuo_quantize", bits, at(rows_OI), KINDS[rows_OI.dtype], at(importance_I),
+            at(codes), at(scales), rows, columns,
         )  # fmt: skip
 
     def walks_pages(self, width: int, latent: int, page_tokens: int) -> bool:

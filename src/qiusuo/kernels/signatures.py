@@ -9,7 +9,7 @@ SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
     "qiusuo_dequantize": [INT, INT, *[AT] * 3, *[SIZE] * 2],
-    "qiusuo_quantize": [INT, INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
+    "qiusuo_quantize": [INT, INT, AT, INT, *[AT] * 3, *[SIZE] * 2],
     "qiusuo_latent_attention": [*[AT] * 3, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
     "qiusuo_rms_norm": [AT, INT, *[AT] * 2, *[SIZE] * 2, FLOAT],
     "qiusuo_rotate_pairs": [AT, INT, *[AT] * 2, *[SIZE] * 5],
