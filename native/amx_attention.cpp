@@ -47,7 +47,7 @@ struct Workspace {
 
     Workspace(const Shape &shape, bool unpacks) {
         thread_local Scratch scratch;
-        const int64_t values = ROWS * shape.latent * 2, scored = ROWS * HEADS * 4;
+        const int64_t values = shape.latent / 16 * COLUMN * 2, scored = ROWS * HEADS * 4;
         const int64_t weighed = ROWS * HEADS * 2, rows = unpacks ? ROWS * shape.width * 2 : 0;
         auto *room = scratch.room<uint8_t>(values + scored + weighed + rows);
         block.values = reinterpret_cast<bf16 *>(room);
@@ -75,11 +75,13 @@ void weave_queries(const bf16 *query, const Shape &shape, uint32_t *woven) {
 }
 
 // scores[row][head] of 32 rows that lie one after the other.
-void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, float *scores) {
+void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, const Ahead &ahead,
+           float *scores) {
     const int64_t stride = shape.width * 2, tile = amx::TILE * shape.width;
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t step = 0; step < shape.width / amx::STEP; step++) {
+        ahead.step(step);
         _tile_loadd(4, queries + step * 256, 64);
         _tile_loadd(5, rows + step * amx::STEP, stride);
         _tile_loadd(6, rows + tile + step * amx::STEP, stride);
@@ -141,11 +143,11 @@ void add_values(const bf16 *weights, const bf16 *values, int64_t rows, const Sha
     for (int64_t at = 0; at < shape.latent; at += 32) {
         _tile_loadd(0, sums + at, stride);
         _tile_loadd(1, sums + at + 16, stride);
-        const bf16 *column = values + at / 16 * (ROWS * 16);
+        const bf16 *column = values + at / 16 * COLUMN;
         for (int64_t first = 0; first < rows; first += 32) {
             _tile_loadd(4, weights + first * HEADS, 64);
             _tile_loadd(5, column + first * 16, 64);
-            _tile_loadd(6, column + ROWS * 16 + first * 16, 64);
+            _tile_loadd(6, column + COLUMN + first * 16, 64);
             _tile_dpbf16ps(0, 4, 5);
             _tile_dpbf16ps(1, 4, 6);
         }
@@ -168,12 +170,17 @@ void attend_piece(const Rows &cache, const int64_t *table, int64_t begin, int64_
         };
         for (int64_t row = block; row < block + rows; row += 2)
             cache.unpack(slot(row), row < stop, row + 1 < stop, (row - block) / 2, work.block);
+        const auto ahead = [&](int64_t row, int64_t group) {
+            const int64_t next = block + ROWS + row;
+            const bool any = group == 0 && next < end;
+            return Ahead{any ? cache.at(slot(next)) : nullptr, cache.bytes() / 2 / steps + 1};
+        };
         for (int64_t group = 0; group < shape.groups; group++) {
             const Partial partial = {all.sums + group * HEADS * shape.latent,
                                      all.largest + group * HEADS, all.total + group * HEADS};
             for (int64_t row = 0; row < rows; row += 32)
                 score(cache.left(slot(block + row), row, work.block), queries + group * steps * 256,
-                      shape, work.scores + row * HEADS);
+                      shape, ahead(row, group), work.scores + row * HEADS);
             soften(work.scores, stop - block, rows, shape, partial, work.weights);
             add_values(work.weights, work.block.values, rows, shape, partial.sums);
         }
@@ -182,10 +189,12 @@ void attend_piece(const Rows &cache, const int64_t *table, int64_t begin, int64_
 
 void write_head(const float *sums, float total, const Shape &shape, bf16 *out) {
     const __m512 by = _mm512_set1_ps(1.0f / total);
-    for (int64_t at = 0; at < shape.latent; at += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + at),
-                            (__m256i)_mm512_cvtneps_pbh(
-                                _mm512_mul_ps(_mm512_loadu_ps(sums + at), by)));
+    for (int64_t at = 0; at < shape.latent; at += 32) {
+        __m512 both[2];
+        ordered(_mm512_loadu_ps(sums + at), _mm512_loadu_ps(sums + at + 16), both);
+        _mm512_storeu_si512(out + at, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(both[1], by),
+                                                                   _mm512_mul_ps(both[0], by)));
+    }
 }
 
 }  // namespace

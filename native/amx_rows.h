@@ -11,22 +11,44 @@ AMX_BEGIN
 namespace {
 
 constexpr int64_t ROWS = 128;  // of the cache that are worked on at a time
+// Numbers from one tile's column of woven values to the next: a line more than the rows take, or all
+// of a row's would want the same place in the first-level cache.
+constexpr int64_t COLUMN = ROWS * 16 + 32;
 
 // What a block becomes.
 struct Unpacked {
-    uint16_t *values;  // its latents, rows woven in pairs: [latent/16][ROWS/2][16][2]
+    uint16_t *values;  // its latents, rows woven in pairs: [latent/16][ROWS/2 + 1][16][2]
     uint16_t *rows;    // [ROWS][width] where they do not stand in the cache
 };
 
-// 32 numbers of rows 2·pair and 2·pair + 1 as right factors.
+// 32 numbers of rows 2·pair and 2·pair + 1 as right factors: two tiles' columns, which the fastest
+// instructions deal out by fours. The first tile gets 0–3, 8–11, 16–19 and 24–27; `ordered` undoes it.
 inline void weave(__m512i a, __m512i b, int64_t at, int64_t pair, uint16_t *values) {
-    const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                              8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high_half = _mm512_add_epi16(low_half, _mm512_set1_epi16(16));
-    uint16_t *to = values + at / 16 * (ROWS * 16) + pair * 32;
-    _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low_half, b));
-    _mm512_store_si512(to + ROWS * 16, _mm512_permutex2var_epi16(a, high_half, b));
+    uint16_t *to = values + at / 16 * COLUMN + pair * 32;
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(to + COLUMN, _mm512_unpackhi_epi16(a, b));
 }
+
+// Sums of the 32 columns that `weave` dealt out to two tiles, in their order.
+inline void ordered(__m512 first, __m512 second, __m512 out[2]) {
+    const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    out[0] = _mm512_permutex2var_ps(first, low, second);
+    out[1] = _mm512_permutex2var_ps(first, high, second);
+}
+
+// Lines of the next block that are asked for while this one is multiplied, so that memory never rests:
+// a part of them with each step of the first products.
+struct Ahead {
+    const uint8_t *from;  // 32 rows; null: nothing
+    int64_t lines;        // for each step
+
+    void step(int64_t number) const {
+        if (!from) return;
+        const char *line = reinterpret_cast<const char *>(from) + number * lines * 64;
+        for (int64_t i = 0; i < lines; i++) _mm_prefetch(line + i * 64, _MM_HINT_T1);
+    }
+};
 
 struct PlainRows {
     const uint16_t *entries;
@@ -41,6 +63,11 @@ struct PlainRows {
                   to.values);
     }
 
+    const uint8_t *at(int64_t slot) const {
+        return reinterpret_cast<const uint8_t *>(entries + slot * width);
+    }
+    int64_t bytes() const { return width * 2; }
+
     // Left factors: 32 rows that lie one after the other, from `slot` on.
     const uint16_t *left(int64_t slot, int64_t, const Unpacked &) const {
         return entries + slot * width;
@@ -54,6 +81,8 @@ struct Int8Rows {
 
     int64_t scales() const { return latent + (width - latent) * 2; }
     int64_t bytes() const { return (scales() + latent / 16 + 31) / 32 * 32; }
+
+    const uint8_t *at(int64_t slot) const { return entries + slot * bytes(); }
 
     static __m512i numbers(const uint8_t *codes, const uint8_t *scale) {
         int32_t word;  // the scale is its upper half, as it is of a float
