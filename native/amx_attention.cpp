@@ -172,7 +172,7 @@ void attend_piece(const Rows &cache, const int64_t *table, int64_t begin, int64_
             cache.unpack(slot(row), row < stop, row + 1 < stop, (row - block) / 2, work.block);
         const auto ahead = [&](int64_t row, int64_t group) {
             const int64_t next = block + ROWS + row;
-            const bool any = group == 0 && next < end;
+            const bool any = Rows::AHEAD && group == 0 && next < end;
             return Ahead{any ? cache.at(slot(next)) : nullptr, cache.bytes() / 2 / steps + 1};
         };
         for (int64_t group = 0; group < shape.groups; group++) {

@@ -37,8 +37,8 @@ inline void ordered(__m512 first, __m512 second, __m512 out[2]) {
     out[1] = _mm512_permutex2var_ps(first, high, second);
 }
 
-// Lines of the next block that are asked for while this one is multiplied, so that memory never rests:
-// a part of them with each step of the first products.
+// Lines of the next block that are asked for while this one is multiplied, a part of them with each
+// step of the first products. It helps int8 rows; bfloat16 ones the processor fetches well by itself.
 struct Ahead {
     const uint8_t *from;  // 32 rows; null: nothing
     int64_t lines;        // for each step
@@ -51,6 +51,7 @@ struct Ahead {
 };
 
 struct PlainRows {
+    static constexpr bool AHEAD = false;
     const uint16_t *entries;
     int64_t width, latent;
 
@@ -76,6 +77,7 @@ struct PlainRows {
 
 // codes [latent], rope key [width − latent], bfloat16 scales of 32 codes each, to whole 32 bytes.
 struct Int8Rows {
+    static constexpr bool AHEAD = true;
     const uint8_t *entries;
     int64_t width, latent;
 
