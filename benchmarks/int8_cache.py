@@ -144,8 +144,7 @@ def quality(path: str) -> None:
             first, words = lm.config.bos_token_id or 0, lm.config.vocab_size
             draws = torch.randint(2, words, (40, 8), generator=torch.Generator().manual_seed(1))
             prompts = [[first, *row] for row in draws.tolist()]
-            asked = {"max_tokens": 120, "temperature": 1.0, "seed": 1, "ignore_eos": True}
-            texts = lm.generate(prompts, **asked)
+            texts = lm.generate(prompts, max_tokens=120, temperature=1.0, seed=1, ignore_eos=True)
             read = [[*p, *text.token_ids] for p, text in zip(prompts, texts, strict=True)]
         greedy[cache] = [one.token_ids for one in lm.generate(prompts, max_tokens=64)]
         asking = Sampling(max_tokens=1, prompt_logprobs=0)
