@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from statistics import median
@@ -112,7 +112,7 @@ def decoding(lm: qiusuo.LanguageModel, context: int, clock: Callable[[], float])
     tell(f"pass at {context}", took, 1e6 / PASSES)
 
 
-def in_turns(works: list[Callable[[], None]], clock: Callable[[], float]) -> list[list[float]]:
+def in_turns(works: Sequence[Callable[[], None]], clock: Callable[[], float]) -> list[list[float]]:
     took: list[list[float]] = [[] for _ in works]
     for turn in range(TURNS + 1):
         for work, times in zip(works, took, strict=True):
