@@ -76,7 +76,7 @@ def resident(config: ModelConfig, tokens: int = 65536) -> int:
     """Growth of resident memory for each token when pages are filled."""
     before = _resident_bytes()
     cache = PagedCache(config, tokens // PAGE_TOKENS, torch.bfloat16, torch.device("cpu"))
-    cache.entries_LpsZ.fill_(1.0)
+    cache.entries_LpsW.fill_(1.0)
     return round((_resident_bytes() - before) / tokens)
 
 

@@ -112,6 +112,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--flash-attention", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--cache", choices=("int8",), help="of qiusuo; without it bfloat16")
     parser.add_argument("--out", type=Path, help="JSON; the tables beside it as .md")
     for hidden in ("--child", "--launched", "--seed"):
         kind = {"--child": str, "--launched": float, "--seed": int}[hidden]

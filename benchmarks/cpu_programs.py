@@ -48,7 +48,7 @@ class Took:
 
 
 class Qiusuo:
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, cache: str | None = None) -> None:
         import qiusuo
         from qiusuo.checkpoint.open import open_checkpoint
         from qiusuo.engine.limits import Limits
@@ -56,9 +56,9 @@ class Qiusuo:
 
         config = open_checkpoint(model).config
         tokens = min(LONGEST + 4 * DECODE, config.max_position_embeddings)
-        page = PagedCache.page_bytes(config, torch.bfloat16)
+        page = PagedCache.page_bytes(config, torch.bfloat16, cache=cache)
         room = (-(-tokens // PAGE_TOKENS) + 2 * SEQUENCES) * page
-        self.lm = qiusuo.load(model, draft="none", limits=Limits(cache_bytes=room))
+        self.lm = qiusuo.load(model, draft="none", limits=Limits(cache_bytes=room), cache=cache)
 
     def answer(self, prompts: list[list[int]], passes: int, keep_experts: bool = False) -> Took:
         from qiusuo.engine.request import Request
@@ -129,7 +129,8 @@ def measure_here(options: argparse.Namespace) -> None:
         import qiusuo.engine.loading  # noqa: F401
     parts, figures = set(options.parts), {"before": float(status("VmRSS"))}
     began = time.perf_counter()
-    program = PYTHON[options.child](options.models)
+    more = {"cache": options.cache} if options.child == "qiusuo" else {}
+    program = PYTHON[options.child](options.models, **more)
     program.answer([prompt_of(1, options.seed)], 0)
     figures["start"] = time.perf_counter() - began
     figures["launch"] = time.time() - options.launched
@@ -173,6 +174,7 @@ def python_figures(program: str, model: Path, options: argparse.Namespace, seed:
     command = [sys.executable, str(Path(__file__).with_name("cpu_inference.py"))]
     command += ["--child", program, "--models", str(model), "--threads", str(options.threads)]
     command += ["--seed", str(seed), "--launched", str(time.time())]
+    command += ["--cache", options.cache] if options.cache else []
     lines, _, _ = run([*command, "--parts", *options.parts], options.threads)
     return dict(json.loads(lines[-1]))
 

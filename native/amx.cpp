@@ -31,8 +31,9 @@ void experts(int bits, const Experts &call) {
 
 const Kernels *amx_kernels() {
     if (!avx512_kernels() || !amx_matmul_takes()) return nullptr;
-    static const Kernels kernels = {"amx_bf16", linear, experts, avx512_kernels()->dequantize,
-                                    avx512_kernels()->quantize};
+    const Kernels &few = *avx512_kernels();
+    static const Kernels kernels = {"amx_bf16", linear, experts, few.dequantize, few.quantize,
+                                    few.keep_rows, few.unpack_rows};
     return &kernels;
 }
 #else

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "amx_rows.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -24,8 +25,7 @@ AMX_BEGIN
 namespace {
 
 using bf16 = uint16_t;
-constexpr int64_t BLOCK = 128;   // rows of the cache that are worked on at a time
-constexpr int64_t PIECE = 512;   // rows of a long context that are one piece of work
+constexpr int64_t PIECE = 512;  // rows of a long context that are one piece of work
 constexpr int64_t HEADS = amx::TILE;
 
 struct Shape {
@@ -41,17 +41,19 @@ struct Partial {
 
 // What a thread needs beside the tiles.
 struct Workspace {
-    bf16 *values;   // the block's latents, rows woven in pairs: [latent/16][BLOCK/2][16][2]
-    float *scores;  // [BLOCK][16]
-    bf16 *weights;  // [BLOCK/32][16 heads][32]
+    Unpacked block;
+    float *scores;  // [ROWS][16]
+    bf16 *weights;  // [ROWS/32][16 heads][32]
 
-    explicit Workspace(int64_t latent) {
+    Workspace(const Shape &shape, bool unpacks) {
         thread_local Scratch scratch;
-        const int64_t values_bytes = BLOCK * latent * 2, scores_bytes = BLOCK * HEADS * 4;
-        auto *room = scratch.room<uint8_t>(values_bytes + scores_bytes + BLOCK * HEADS * 2);
-        values = reinterpret_cast<bf16 *>(room);
-        scores = reinterpret_cast<float *>(room + values_bytes);
-        weights = reinterpret_cast<bf16 *>(room + values_bytes + scores_bytes);
+        const int64_t values = shape.latent / 16 * COLUMN * 2, scored = ROWS * HEADS * 4;
+        const int64_t weighed = ROWS * HEADS * 2, rows = unpacks ? ROWS * shape.width * 2 : 0;
+        auto *room = scratch.room<uint8_t>(values + scored + weighed + rows);
+        block.values = reinterpret_cast<bf16 *>(room);
+        scores = reinterpret_cast<float *>(room + values);
+        weights = reinterpret_cast<bf16 *>(room + values + scored);
+        block.rows = reinterpret_cast<bf16 *>(room + values + scored + weighed);
     }
 };
 
@@ -73,11 +75,13 @@ void weave_queries(const bf16 *query, const Shape &shape, uint32_t *woven) {
 }
 
 // scores[row][head] of 32 rows that lie one after the other.
-void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, float *scores) {
+void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, const Ahead &ahead,
+           float *scores) {
     const int64_t stride = shape.width * 2, tile = amx::TILE * shape.width;
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t step = 0; step < shape.width / amx::STEP; step++) {
+        ahead.step(step);
         _tile_loadd(4, queries + step * 256, 64);
         _tile_loadd(5, rows + step * amx::STEP, stride);
         _tile_loadd(6, rows + tile + step * amx::STEP, stride);
@@ -86,21 +90,6 @@ void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, float 
     }
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + 16 * HEADS, 64);
-}
-
-// Weave rows first and first + 1 of the block's latents; a row beyond the end counts as zeros.
-void weave_values(const bf16 *row, bool low, bool high, int64_t pair, const Shape &shape,
-                  bf16 *values) {
-    const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                              8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high_half = _mm512_add_epi16(low_half, _mm512_set1_epi16(16));
-    for (int64_t at = 0; at < shape.latent; at += 32) {
-        const __m512i a = low ? _mm512_loadu_si512(row + at) : _mm512_setzero_si512();
-        const __m512i b = high ? _mm512_loadu_si512(row + shape.width + at) : _mm512_setzero_si512();
-        bf16 *to = values + at / 16 * (BLOCK * 16) + pair * 32;
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low_half, b));
-        _mm512_store_si512(to + BLOCK * 16, _mm512_permutex2var_epi16(a, high_half, b));
-    }
 }
 
 // Scores to weights, against the largest score so far; what was summed before is made to fit it.
@@ -154,11 +143,11 @@ void add_values(const bf16 *weights, const bf16 *values, int64_t rows, const Sha
     for (int64_t at = 0; at < shape.latent; at += 32) {
         _tile_loadd(0, sums + at, stride);
         _tile_loadd(1, sums + at + 16, stride);
-        const bf16 *column = values + at / 16 * (BLOCK * 16);
+        const bf16 *column = values + at / 16 * COLUMN;
         for (int64_t first = 0; first < rows; first += 32) {
             _tile_loadd(4, weights + first * HEADS, 64);
             _tile_loadd(5, column + first * 16, 64);
-            _tile_loadd(6, column + BLOCK * 16 + first * 16, 64);
+            _tile_loadd(6, column + COLUMN + first * 16, 64);
             _tile_dpbf16ps(0, 4, 5);
             _tile_dpbf16ps(1, 4, 6);
         }
@@ -168,36 +157,44 @@ void add_values(const bf16 *weights, const bf16 *values, int64_t rows, const Sha
 }
 
 // One piece of one query's context: rows begin .. end of its pages.
-void attend_piece(const bf16 *entries, const int64_t *table, int64_t begin, int64_t end,
+template <class Rows>
+void attend_piece(const Rows &cache, const int64_t *table, int64_t begin, int64_t end,
                   const uint32_t *queries, const Shape &shape, const Workspace &work,
                   const Partial &all) {
     const int64_t tokens = shape.page_tokens, steps = shape.width / amx::STEP;
-    for (int64_t block = begin; block < end; block += BLOCK) {
-        const int64_t stop = std::min(block + BLOCK, end);
+    for (int64_t block = begin; block < end; block += ROWS) {
+        const int64_t stop = std::min(block + ROWS, end);
         const int64_t rows = (stop - block + 31) / 32 * 32;  // pages are whole
-        const auto at = [&](int64_t row) {
-            return entries + (table[row / tokens] * tokens + row % tokens) * shape.width;
+        const auto slot = [&](int64_t row) {
+            return table[row / tokens] * tokens + row % tokens;
         };
         for (int64_t row = block; row < block + rows; row += 2)
-            weave_values(at(row), row < stop, row + 1 < stop, (row - block) / 2, shape, work.values);
+            cache.unpack(slot(row), row < stop, row + 1 < stop, (row - block) / 2, work.block);
+        const auto ahead = [&](int64_t row, int64_t group) {
+            const int64_t next = block + ROWS + row;
+            const bool any = Rows::AHEAD && group == 0 && next < end;
+            return Ahead{any ? cache.at(slot(next)) : nullptr, cache.bytes() / 2 / steps + 1};
+        };
         for (int64_t group = 0; group < shape.groups; group++) {
             const Partial partial = {all.sums + group * HEADS * shape.latent,
                                      all.largest + group * HEADS, all.total + group * HEADS};
             for (int64_t row = 0; row < rows; row += 32)
-                score(at(block + row), queries + group * steps * 256, shape,
-                      work.scores + row * HEADS);
+                score(cache.left(slot(block + row), row, work.block), queries + group * steps * 256,
+                      shape, ahead(row, group), work.scores + row * HEADS);
             soften(work.scores, stop - block, rows, shape, partial, work.weights);
-            add_values(work.weights, work.values, rows, shape, partial.sums);
+            add_values(work.weights, work.block.values, rows, shape, partial.sums);
         }
     }
 }
 
 void write_head(const float *sums, float total, const Shape &shape, bf16 *out) {
     const __m512 by = _mm512_set1_ps(1.0f / total);
-    for (int64_t at = 0; at < shape.latent; at += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + at),
-                            (__m256i)_mm512_cvtneps_pbh(
-                                _mm512_mul_ps(_mm512_loadu_ps(sums + at), by)));
+    for (int64_t at = 0; at < shape.latent; at += 32) {
+        __m512 both[2];
+        ordered(_mm512_loadu_ps(sums + at), _mm512_loadu_ps(sums + at + 16), both);
+        _mm512_storeu_si512(out + at, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(both[1], by),
+                                                                   _mm512_mul_ps(both[0], by)));
+    }
 }
 
 }  // namespace
@@ -206,9 +203,11 @@ bool amx_attention_takes(int64_t width, int64_t latent, int64_t page_tokens) {
     return amx::usable() && width % 32 == 0 && latent % 32 == 0 && page_tokens % 32 == 0;
 }
 
-void amx_attention(const bf16 *queries, const bf16 *entries, const int64_t *tables,
+void amx_attention(const bf16 *queries, const void *entries, int bits, const int64_t *tables,
                    int64_t table_width, const int64_t *lengths, bf16 *out, int64_t N, int64_t H,
                    int64_t E, int64_t C, int64_t page_tokens, float scale) {
+    const PlainRows plain = {static_cast<const bf16 *>(entries), E, C};
+    const Int8Rows coded = {static_cast<const uint8_t *>(entries), E, C};
     const Shape shape = {H, (H + HEADS - 1) / HEADS, E, C, page_tokens, scale};
     const int64_t padded = shape.groups * HEADS;
     std::vector<int64_t> first_piece(N + 1, 0);
@@ -224,7 +223,7 @@ void amx_attention(const bf16 *queries, const bf16 *entries, const int64_t *tabl
     parallel(N, N * H * E * 2, [&](int64_t n) {
         weave_queries(queries + n * H * E, shape, woven + n * woven_size);
     });
-    parallel(pieces, rows * E * 2, [&](int64_t piece) {
+    parallel(pieces, rows * (bits == 8 ? coded.bytes() : E * 2), [&](int64_t piece) {
         const int64_t n =
             std::upper_bound(first_piece.begin(), first_piece.end(), piece) - first_piece.begin() - 1;
         const int64_t begin = (piece - first_piece[n]) * PIECE;
@@ -235,8 +234,12 @@ void amx_attention(const bf16 *queries, const bf16 *entries, const int64_t *tabl
         std::fill_n(own.largest, padded, -std::numeric_limits<float>::infinity());
         std::fill_n(own.total, padded, 0.0f);
         const amx::Tiles tiles;
-        attend_piece(entries, tables + n * table_width, begin, end, woven + n * woven_size, shape,
-                     Workspace(C), own);
+        const Workspace work(shape, bits == 8);
+        const auto attend = [&](const auto &cache) {
+            attend_piece(cache, tables + n * table_width, begin, end, woven + n * woven_size, shape,
+                         work, own);
+        };
+        bits == 8 ? attend(coded) : attend(plain);
     });
     parallel(N * H, pieces * H * C * 4, [&](int64_t task) {
         const int64_t n = task / H, h = task % H;
@@ -265,6 +268,6 @@ TARGET_END
 #else
 #include "amx_attention.h"
 bool amx_attention_takes(int64_t, int64_t, int64_t) { return false; }
-void amx_attention(const uint16_t *, const uint16_t *, const int64_t *, int64_t, const int64_t *,
+void amx_attention(const uint16_t *, const void *, int, const int64_t *, int64_t, const int64_t *,
                    uint16_t *, int64_t, int64_t, int64_t, int64_t, int64_t, float) {}
 #endif

@@ -77,19 +77,35 @@ void qiusuo_quantize(int isa, int bits, const void *from, int kind, const float 
                                      static_cast<uint16_t *>(scales), nullptr, rows, I, importance});
 }
 
+// Rows of numbers [N, rounded + exact] into rows slots[n] of the cache, `width` bytes each.
+void qiusuo_keep_rows(int isa, const void *numbers, int kind, void *entries, const int64_t *slots,
+                      int64_t N, int64_t rounded, int64_t exact, int64_t width) {
+    kernels_of(isa)->keep_rows({const_cast<void *>(numbers), kind, static_cast<uint8_t *>(entries),
+                                slots, N, rounded, exact, width});
+}
+
+// The numbers that N rows of the cache mean.
+void qiusuo_unpack_rows(int isa, const void *entries, void *numbers, int kind, int64_t N,
+                        int64_t rounded, int64_t exact, int64_t width) {
+    kernels_of(isa)->unpack_rows(
+        {numbers, kind, static_cast<uint8_t *>(const_cast<void *>(entries)), nullptr, N, rounded,
+         exact, width});
+}
+
 // Whether there is a kernel for latent attention on pages of such rows, for this instruction set.
 int qiusuo_walks_pages(int isa, int64_t width, int64_t latent, int64_t page_tokens) {
     return kernels_of(isa) == amx_kernels() && amx_attention_takes(width, latent, page_tokens);
 }
 
 // Absorbed MLA in bfloat16: out [N, H, C] of queries [N, H, E]; query n sees the first lengths[n]
-// rows of the pages tables[n][...], each [page_tokens, E] of `entries`.
-void qiusuo_latent_attention(const void *queries, const void *entries, const int64_t *tables,
-                             int64_t table_width, const int64_t *lengths, void *out, int64_t N,
-                             int64_t H, int64_t E, int64_t C, int64_t page_tokens, float scale) {
-    amx_attention(static_cast<const uint16_t *>(queries), static_cast<const uint16_t *>(entries),
-                  tables, table_width, lengths, static_cast<uint16_t *>(out), N, H, E, C,
-                  page_tokens, scale);
+// rows of the pages tables[n][...], each [page_tokens, E] of `entries`: bfloat16 (bits 16) or int8
+// as kept by qiusuo_keep_rows with C numbers rounded (bits 8).
+void qiusuo_latent_attention(const void *queries, const void *entries, int bits,
+                             const int64_t *tables, int64_t table_width, const int64_t *lengths,
+                             void *out, int64_t N, int64_t H, int64_t E, int64_t C,
+                             int64_t page_tokens, float scale) {
+    amx_attention(static_cast<const uint16_t *>(queries), entries, bits, tables, table_width,
+                  lengths, static_cast<uint16_t *>(out), N, H, E, C, page_tokens, scale);
 }
 
 // What stands between the products; small.h.

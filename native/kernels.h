@@ -48,12 +48,22 @@ struct Conversion {  // between numbers and codes
     const float *importance;  // [I] of the columns, or null: all alike
 };
 
+struct CachedRows {  // of the cache in int8: cached_rows.h
+    void *numbers;         // [N, rounded + exact]
+    int kind;              // of the numbers
+    uint8_t *entries;      // rows of `width` bytes
+    const int64_t *slots;  // [N], which rows are written; all in order when they are read
+    int64_t N, rounded, exact, width;
+};
+
 struct Kernels {
     const char *name;
     void (*linear)(int bits, const Linear &);
     void (*experts)(int bits, const Experts &);
     void (*dequantize)(int bits, const Conversion &);
     void (*quantize)(int bits, const Conversion &);
+    void (*keep_rows)(const CachedRows &);
+    void (*unpack_rows)(const CachedRows &);
 };
 
 // Null where this processor cannot run them.

@@ -2,6 +2,7 @@
 // before what by_rows.h asks for.
 #pragma once
 #include "by_rows.h"
+#include "cached_rows.h"
 #include "convert.h"
 #include "numbers.h"
 #include "packing.h"

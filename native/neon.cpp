@@ -13,7 +13,8 @@
 const Kernels *neon_dot_kernels();
 
 const Kernels *neon_kernels() {
-    static const Kernels kernels = {"neon", linear, experts, dequantize, quantize};
+    static const Kernels kernels = {"neon", linear, experts, dequantize, quantize, keep_rows,
+                                    unpack_rows};
 #if defined(__linux__)
     const bool dot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else

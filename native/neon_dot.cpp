@@ -15,7 +15,8 @@ TARGET_BEGIN("arch=armv8.2-a+dotprod")
 TARGET_END
 
 const Kernels *neon_dot_kernels() {
-    static const Kernels kernels = {"neon_dotprod", linear, experts, dequantize, quantize};
+    static const Kernels kernels = {"neon_dotprod", linear, experts, dequantize, quantize, keep_rows,
+                                    unpack_rows};
     return &kernels;
 }
 #endif

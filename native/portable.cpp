@@ -53,6 +53,7 @@ void dots(const uint8_t *codes, const half *scales, const uint8_t *const *x, int
 #include "loops.h"
 
 const Kernels *portable_kernels() {
-    static const Kernels kernels = {"portable", linear, experts, dequantize, quantize};
+    static const Kernels kernels = {"portable", linear, experts, dequantize, quantize, keep_rows,
+                                    unpack_rows};
     return &kernels;
 }

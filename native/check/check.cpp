@@ -21,9 +21,14 @@ void qiusuo_dequantize(int isa, int bits, const void *codes, const void *scales,
 void qiusuo_quantize(int isa, int bits, const void *rows, int kind, const float *importance, void *codes, void *scales,
                      int64_t count, int64_t I);
 int qiusuo_walks_pages(int isa, int64_t width, int64_t latent, int64_t page_tokens);
-void qiusuo_latent_attention(const void *queries, const void *entries, const int64_t *tables,
-                             int64_t table_width, const int64_t *lengths, void *out, int64_t N,
-                             int64_t H, int64_t E, int64_t C, int64_t page_tokens, float scale);
+void qiusuo_keep_rows(int isa, const void *numbers, int kind, void *entries, const int64_t *slots,
+                      int64_t N, int64_t rounded, int64_t exact, int64_t width);
+void qiusuo_unpack_rows(int isa, const void *entries, void *numbers, int kind, int64_t N,
+                        int64_t rounded, int64_t exact, int64_t width);
+void qiusuo_latent_attention(const void *queries, const void *entries, int bits,
+                             const int64_t *tables, int64_t table_width, const int64_t *lengths,
+                             void *out, int64_t N, int64_t H, int64_t E, int64_t C,
+                             int64_t page_tokens, float scale);
 }
 
 namespace {
@@ -234,8 +239,23 @@ void check_attention(int isa) {
     for (int64_t n = 0; n < N; ++n) lengths[n] = seen[n];
     const Answer out(1, N * H * C);
     const double scale = 1e-3;
-    qiusuo_latent_attention(queries.at(1), entries.at(1), tables.get(), WIDTH, lengths.get(),
+    qiusuo_latent_attention(queries.at(1), entries.at(1), 16, tables.get(), WIDTH, lengths.get(),
                             out.at(), N, H, E, C, PAGE, scale);
+    const int64_t count = PAGES * PAGE, bytes = (C + (E - C) * 2 + C / 16 + 31) / 32 * 32;
+    Buffer<int64_t> slots(count);
+    for (int64_t i = 0; i < count; ++i) slots[i] = i;
+    Buffer<uint8_t> kept(count * bytes);
+    const Answer meant(1, count * E), of_meant(1, N * H * C), of_kept(1, N * H * C);
+    qiusuo_keep_rows(isa, entries.at(1), 1, kept.get(), slots.get(), count, C, E - C, bytes);
+    qiusuo_unpack_rows(isa, kept.get(), meant.at(), 1, count, C, E - C, bytes);
+    const auto attend = [&](const void *rows, int bits, void *to) {
+        qiusuo_latent_attention(queries.at(1), rows, bits, tables.get(), WIDTH, lengths.get(), to, N,
+                                H, E, C, PAGE, scale);
+    };
+    attend(meant.at(), 16, of_meant.at());
+    attend(kept.get(), 8, of_kept.at());
+    if (std::memcmp(of_meant.at(), of_kept.at(), N * H * C * 2) != 0)
+        compare("attention to int8 rows", isa, 8, 1, N, H, C, 1, 0, 0);
     for (int64_t row = 0; row < N * H; ++row) {
         const int64_t n = row / H;
         double total = 0;

@@ -40,6 +40,9 @@ DtypeOption = Annotated[
 QuantizeOption = Annotated[
     str | None, typer.Option(help="Hold the weights in int8 or int4 (made each time it is loaded).")
 ]
+CacheOption = Annotated[
+    str | None, typer.Option(help="int8: keep a context in about half the memory of bfloat16.")
+]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")]
 
 
@@ -186,6 +189,7 @@ def chat(
     ] = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    cache: CacheOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model in the terminal."""
@@ -199,7 +203,7 @@ def chat(
     try:
         Sampling(**options)  # before minutes of loading
         limits = limits_for(cache_gb, keep_prefixes)
-        loaded = load_shown(model, dtype, device, limits, draft, quantize)
+        loaded = load_shown(model, dtype, device, limits, draft, quantize, cache)
         loaded.describe()  # makes the cache
     except ValueError as error:
         if isinstance(error, _mendable()):
@@ -244,6 +248,7 @@ def serve(
     ] = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    cache: CacheOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Serve models: the DeepSeek, OpenAI and Anthropic API, and a page to use and to watch them."""
@@ -251,7 +256,7 @@ def serve(
     from qiusuo.server.serving import serve as start
     from qiusuo.server.settings import Settings, default_database
 
-    cache = None if cache_gb is None else int(cache_gb * 1e9)
+    room = None if cache_gb is None else int(cache_gb * 1e9)
     settings = Settings(
         host=host,
         port=port,
@@ -260,9 +265,10 @@ def serve(
         origins=tuple(origin or ()),
         dtype=dtype,
         quantize=quantize,
+        cache=cache,
         device=device,
         draft=draft,
-        limits=Limits(cache_bytes=cache, prefix_folder=keep_prefixes),
+        limits=Limits(cache_bytes=room, prefix_folder=keep_prefixes),
     )
     start(settings, models or [], name or [])
 

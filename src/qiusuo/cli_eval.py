@@ -61,6 +61,9 @@ def evaluate(
         str | None, typer.Option(help="float32, bfloat16 or float16; without it: as it was saved.")
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="Hold the weights in int8 or int4.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="int8: keep a context in about half the memory of bfloat16.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps ...")] = "cpu",
 ) -> None:
     """Measure a model: accuracy and pass@k on tasks, bits per character of texts."""
@@ -87,14 +90,16 @@ def evaluate(
         assert url is not None
         subject, name = Server(url, model_name, key), model_name or url
     else:
-        subject, name = partial(_load, model, dtype, device, quantize), model
+        subject, name = partial(_load, model, dtype, device, quantize, cache), model
     run(subject, name, [read_asked_task(one) for one in task or []], text or [], settings, out)
 
 
-def _load(model: str, dtype: str | None, device: str, quantize: str | None) -> LanguageModel:
+def _load(
+    model: str, dtype: str | None, device: str, quantize: str | None, cache: str | None
+) -> LanguageModel:
     from qiusuo.engine.loading import load
     from qiusuo.evaluation.command import MANY
     from qiusuo.terminal import show_progress
 
     with show_progress(f"loading {model}") as progress:
-        return load(model, dtype, device, progress, MANY, quantize=quantize)
+        return load(model, dtype, device, progress, MANY, quantize=quantize, cache=cache)

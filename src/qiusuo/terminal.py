@@ -70,6 +70,10 @@ def _accuracy_and_length(cell: Mapping[str, Any] | None) -> str:
 
 def show_cost(model: str, context: int | None) -> None:
     """Parameters, cache and memory of a model folder, a config.json or a recipe; no weights."""
+    import torch
+
+    from qiusuo.engine.paged_cache import rows_of
+    from qiusuo.kernels.cached_rows import row_bytes
     from qiusuo.model.cost import BYTES_PER_WEIGHT, available_memory, measure
 
     config, checkpoint = _find_config(model)
@@ -91,6 +95,7 @@ def show_cost(model: str, context: int | None) -> None:
     table.add_row("Active per token", f"{cost.active:,} ({cost.active / cost.parameters:.1%})")
     latent, expanded = 2 * cost.cache_elements, 2 * cost.expanded_cache_elements
     layers = config.num_hidden_layers
+    in_int8 = layers * row_bytes(rows_of(config, torch.bfloat16, "int8"))
     table.add_row(
         "Cache per token and layer",
         f"{config.cache_width:,} elements (every head's keys and values: "
@@ -99,10 +104,13 @@ def show_cost(model: str, context: int | None) -> None:
     table.add_row(
         "Cache per token",
         f"{show_bytes(latent)} in bf16 (every head's: {show_bytes(expanded)}, "
-        f"{expanded / latent:.1f} times)",
+        f"{expanded / latent:.1f} times), {show_bytes(in_int8)} in int8",
     )
     cache = latent * context
-    table.add_row(f"Cache of {context:,} tokens", show_bytes(cache))
+    table.add_row(
+        f"Cache of {context:,} tokens",
+        f"{show_bytes(cache)}, {show_bytes(in_int8 * context)} in int8",
+    )
     free = available_memory()
     for precision in BYTES_PER_WEIGHT:
         need = cost.weight_bytes(precision) + cache
@@ -190,12 +198,13 @@ def load_shown(
     limits: Limits,
     draft: str,
     quantize: str | None,
+    cache: str | None,
 ) -> LanguageModel:
     """Load a model to talk with, with a progress bar."""
     from qiusuo.engine.loading import load
 
     with show_progress(f"loading {model}") as progress:
-        loaded = load(model, dtype, device, progress, limits, draft, quantize)
+        loaded = load(model, dtype, device, progress, limits, draft, quantize, cache)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise CheckpointError(
             f"{model} has no chat template: it is a base model, which continues texts; in "

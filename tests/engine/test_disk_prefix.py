@@ -102,7 +102,7 @@ def test_real_models_go_on_with_the_same_numbers(tmp_path, changes):
         assert answer.logprobs == pytest.approx(expected, abs=1e-4)
         found.append(lm.engine.statistics.disk_tokens)
         pool, cache = lm.engine.pool, lm.engine.cache
-        caches.append({k: cache.entries_LpsZ[:, p].clone() for k, p in pool.page_of.items()})
+        caches.append({k: cache.entries_LpsW[:, p].clone() for k, p in pool.page_of.items()})
     assert found == [0, 68]
     assert caches[0].keys() == caches[1].keys()
     shared = list(caches[0])[:17]

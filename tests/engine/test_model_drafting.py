@@ -112,9 +112,9 @@ def test_both_caches_come_out_of_one_memory():
     model, draft = tiny_model(), DRAFTS["a dense one"]()
     engine = Engine(model, Limits(cache_bytes=200_000), draft_model=draft)
     caches = (engine.cache, *engine.cache.beside)
-    taken = sum(cache.entries_LpsZ.nbytes for cache in caches)
+    taken = sum(cache.entries_LpsW.nbytes for cache in caches)
     assert 200_000 - engine.page_bytes < taken <= 200_000
-    assert {cache.entries_LpsZ.shape[1] for cache in caches} == {engine.pool.count}
+    assert {cache.entries_LpsW.shape[1] for cache in caches} == {engine.pool.count}
 
 
 # -- named by people ------------------------------------------------------------------------------

@@ -496,7 +496,7 @@ def test_nan_hurts_only_whom_it_comes_from():
 
 def test_what_lay_in_the_memory_hurts_no_one():
     engine = engine_of(pages=20, page_tokens=4)
-    engine.cache.entries_LpsZ.fill_(math.nan)
+    engine.cache.entries_LpsW.fill_(math.nan)
     answers = [submit(engine, (7,) * length, WARM)[0] for length in (1, 2, 6)]
     run(engine)
     check_alone(*answers)

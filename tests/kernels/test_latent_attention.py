@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qiusuo.kernels.cached_rows import Int8Rows
 from qiusuo.kernels.latent_attention import (
     latent_attention,
     latent_attention_reference,
@@ -24,17 +25,27 @@ def drawn(queries: int, heads: int, latent: int, rope: int, lengths: list[int]) 
     return q, entries, table, torch.tensor(lengths)
 
 
+def in_int8(entries: torch.Tensor, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows in int8, and the numbers that these mean."""
+    pages, size, width = entries.shape
+    rows = Int8Rows(latent, width - latent, torch.bfloat16)
+    stored = torch.empty(pages * size, rows.width, dtype=torch.uint8)
+    rows.keep(entries.flatten(0, 1), stored, torch.arange(pages * size))
+    return stored.view(pages, size, -1), rows.read(stored).view_as(entries)
+
+
+SHAPES = [
+    (16, 64, 32, [5]),
+    (4, 64, 32, [1, 33, 700]),
+    (20, 512, 64, [1500, 513, 512, 128]),
+    (128, 512, 64, [130]),
+    (16, 512, 64, [2817, 1]),
+    (7, 96, 64, [31, 641]),
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("heads", "latent", "rope", "lengths"),
-    [
-        (16, 64, 32, [5]),
-        (4, 64, 32, [1, 33, 700]),
-        (20, 512, 64, [1500, 513, 512, 128]),
-        (128, 512, 64, [130]),
-        (16, 512, 64, [2817, 1]),
-    ],
-)
+@pytest.mark.parametrize(("heads", "latent", "rope", "lengths"), SHAPES)
 def test_as_the_equation(heads: int, latent: int, rope: int, lengths: list[int]) -> None:
     q, entries, table, seen = drawn(len(lengths), heads, latent, rope, lengths)
     expected = latent_attention_reference(q.double(), entries.double(), table, seen, latent, 0.1)
@@ -44,11 +55,25 @@ def test_as_the_equation(heads: int, latent: int, rope: int, lengths: list[int])
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("heads", "latent", "rope", "lengths"), SHAPES)
+def test_int8_rows_count_as_the_numbers_they_mean(
+    heads: int, latent: int, rope: int, lengths: list[int]
+) -> None:
+    q, entries, table, seen = drawn(len(lengths), heads, latent, rope, lengths)
+    stored, numbers = in_int8(entries, latent)
+    assert walks_pages(q, stored, latent)
+    expected = latent_attention(q, numbers, table, seen, latent, 0.1)
+    assert torch.equal(latent_attention(q, stored, table, seen, latent, 0.1), expected)
+
+
+@torch.no_grad()
 def test_what_is_not_seen_is_not_touched() -> None:
     q, entries, table, seen = drawn(1, 16, 64, 32, [75])
-    before = latent_attention(q, entries, table, seen, 64, 0.1)
-    entries[table[0, 2], 11:] = float("nan")
-    assert torch.equal(before, latent_attention(q, entries, table, seen, 64, 0.1))
+    stored, _ = in_int8(entries, 64)
+    for rows, unknown in ((entries, float("nan")), (stored, 255)):
+        before = latent_attention(q, rows, table, seen, 64, 0.1)
+        rows[table[0, 2], 11:] = unknown  # as scales 255 are NaN too
+        assert torch.equal(before, latent_attention(q, rows, table, seen, 64, 0.1))
 
 
 @torch.no_grad()
@@ -84,4 +109,5 @@ def test_only_what_it_can() -> None:
         assert not walks_pages(q.float(), entries.float(), 64)
         assert not walks_pages(q, entries, 50)
         assert not walks_pages(q, entries[:, :20], 64)
+        assert not walks_pages(q, entries.view(torch.uint8), 64)  # another width
     assert not walks_pages(q, entries, 64)  # gradients are wanted

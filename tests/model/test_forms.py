@@ -139,11 +139,11 @@ def test_sequences_of_any_lengths_in_one_pass():
 def test_the_cache_keeps_latent_and_rope_key_only():
     model = tiny_model()
     cache, (row,) = rows_in(model, 1, 29)
-    assert cache.entries_LpsZ.shape[-1] == 16 + 8
+    assert cache.entries_LpsW.shape[-1] == 16 + 8
     marker = 1234.5
-    cache.entries_LpsZ.fill_(marker)
+    cache.entries_LpsW.fill_(marker)
     model(TOKENS[:1], groups=(cache.group([row], 29, False),))
-    entries_LSZ = cache.entries_LpsZ[:, row.pages].flatten(1, 2)
+    entries_LSZ = cache.entries_LpsW[:, row.pages].flatten(1, 2)
     assert not (entries_LSZ[:, :29] == marker).any()
     assert (entries_LSZ[:, 29:] == marker).all()
 

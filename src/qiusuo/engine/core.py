@@ -38,7 +38,8 @@ FIXED_ROWS = 16  # of a product in the batch-invariant mode
 
 class Engine:
     """Not for several threads at once: whoever drives ``step`` owns it. ``draft_model`` has a cache
-    beside the model's, on the same pages and out of the same memory."""
+    beside the model's, on the same pages and out of the same memory. ``cache``: what entries are
+    kept in, "int8" or, with None, the model's type."""
 
     def __init__(
         self,
@@ -46,19 +47,21 @@ class Engine:
         limits: Limits | None = None,
         drafter: Drafter | None = None,
         draft_model: Transformer | None = None,
+        cache: str | None = None,
     ) -> None:
+        self.kept_as = cache
         self.model, self.limits = model.eval(), limits or Limits()
         self.models = [model] if draft_model is None else [model, draft_model.eval()]
         weights = [one.model.embed_tokens.weight for one in self.models]
         self.device, config = weights[0].device, model.config
         size = self.limits.page_tokens
         self.page_bytes = sum(
-            PagedCache.page_bytes(one.config, weight.dtype, size)
+            PagedCache.page_bytes(one.config, weight.dtype, size, cache)
             for one, weight in zip(self.models, weights, strict=True)
         )
         pages = self._cache_bytes(self.page_bytes) // self.page_bytes
         self.cache, *beside = (
-            PagedCache(one.config, pages, weight.dtype, weight.device, size)
+            PagedCache(one.config, pages, weight.dtype, weight.device, size, cache)
             for one, weight in zip(self.models, weights, strict=True)
         )
         self.cache.beside = beside
@@ -99,8 +102,9 @@ class Engine:
         why = "a share of the free memory" if self.limits.cache_bytes is None else "as told"
         disk = self.scheduler.disk
         kept = "" if disk is None else f", beginnings kept in {disk.folder}"
+        stored = "" if self.kept_as is None else f" of {self.kept_as}"
         return (
-            f"cache: {taken / 1e6:,.1f} MB ({why}), {self.pool.count:,} pages of "
+            f"cache: {taken / 1e6:,.1f} MB{stored} ({why}), {self.pool.count:,} pages of "
             f"{self.cache.page_tokens}: {tokens:,} tokens; longest context {self.capacity:,}{kept}"
         )
 
@@ -111,9 +115,8 @@ class Engine:
         limits = self.limits
         if limits.prefix_folder is None:
             return
-        mark = model_mark(
-            self.models, limits.page_tokens, f"{beside} invariant={limits.batch_invariant}"
-        )
+        beside = f"{beside} invariant={limits.batch_invariant} cache={self.kept_as}"
+        mark = model_mark(self.models, limits.page_tokens, beside)
         folder, most = Path(limits.prefix_folder), limits.prefix_disk_bytes
         self.scheduler.disk = DiskPrefix(folder, most, mark, self.cache)
 

@@ -3,11 +3,12 @@
     <folder>/<mark>/<key>      the page's bytes over all layers, and a sha256 of key and bytes
 
 The key stands for the namespace and every token up to the page's end (pages.py); the mark for all
-else that the numbers depend on: config, weights, dtype, page size, tokenizer, drafter. So whoever
-finds a file may use it, and another model never looks at it. A page is written as soon as it is
-full, which is a millisecond beside the passes that filled it, and is there even if the process is
-killed in the next moment. Nothing is forced to the disk: after a power cut a file may be broken,
-and its sum says so. Over the limit the files unused for longest go, other models' too.
+else that the numbers depend on: config, weights, dtype, what entries are rounded to, page size,
+tokenizer, drafter. So whoever finds a file may use it, and another model never looks at it. A page
+is written as soon as it is full, which is a millisecond beside the passes that filled it, and is
+there even if the process is killed in the next moment. Nothing is forced to the disk: after a power
+cut a file may be broken, and its sum says so. Over the limit the files unused for longest go, other
+models' too.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from qiusuo.engine.driving import Driver
 from qiusuo.engine.limits import Limits
 from qiusuo.engine.model_drafting import ModelDrafter
 from qiusuo.engine.mtp_drafting import MTPDrafter
+from qiusuo.engine.paged_cache import check_cache
 from qiusuo.engine.request import RequestError, check_tokens
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
@@ -46,7 +47,8 @@ class LanguageModel:
 
     ``limits``: of the engine. ``draft``: "mtp", "ngram" or "none"; "auto" takes MTP where the
     model has a module for it; or another, smaller LanguageModel of the same vocabulary.
-    ``sampling``: what its makers recommend; a server takes it where a client asks for nothing."""
+    ``sampling``: what its makers recommend; a server takes it where a client asks for nothing.
+    ``cache``: "int8" keeps the engine's entries so, about half the bytes of bfloat16."""
 
     def __init__(
         self,
@@ -55,7 +57,9 @@ class LanguageModel:
         limits: Limits | None = None,
         draft: str | LanguageModel = "auto",
         sampling: Mapping[str, float] = NO_SAMPLING,
+        cache: str | None = None,
     ) -> None:
+        check_cache(cache)
         if isinstance(draft, LanguageModel):
             _check_draft_model(draft, model, tokenizer)
         elif draft not in DRAFTS:
@@ -64,7 +68,9 @@ class LanguageModel:
         self.limits, self.draft = limits or Limits(), draft
         self.sampling = sampling
         # Holds none of this object: its memory is free as soon as nobody holds it.
-        self.driver = Driver(partial(_made_engine, self.model, tokenizer, self.limits, draft))
+        self.driver = Driver(
+            partial(_made_engine, self.model, tokenizer, self.limits, draft, cache)
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -252,17 +258,21 @@ def _drafting(draft: str | LanguageModel, config: ModelConfig) -> str:
 
 
 def _made_engine(
-    model: Transformer, tokenizer: Tokenizer | None, limits: Limits, draft: str | LanguageModel
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    limits: Limits,
+    draft: str | LanguageModel,
+    cache: str | None,
 ) -> Engine:
     draft_model = draft.model if isinstance(draft, LanguageModel) else None
-    engine = Engine(model, limits, draft_model=draft_model)
+    engine = Engine(model, limits, draft_model=draft_model, cache=cache)
     drafting = _drafting(draft, model.config)
     match drafting:
         case "mtp":
             engine.drafter = MTPDrafter(model, engine.cache)
         case "model":
-            [cache] = engine.cache.beside
-            engine.drafter = ModelDrafter(engine.models[1], cache)
+            [beside] = engine.cache.beside
+            engine.drafter = ModelDrafter(engine.models[1], beside)
         case "ngram":
             engine.drafter = NgramDrafter()
     if limits.prefix_folder is not None:

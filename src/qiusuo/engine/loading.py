@@ -14,6 +14,7 @@ from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Progress
 from qiusuo.engine.language_model import DRAFTS, LanguageModel
 from qiusuo.engine.limits import Limits
+from qiusuo.engine.paged_cache import check_cache
 
 
 def load(
@@ -24,6 +25,7 @@ def load(
     limits: Limits | None = None,
     draft: str | Path | LanguageModel = "auto",
     quantize: str | None = None,
+    cache: str | None = None,
 ) -> LanguageModel:
     """Load a model: a folder in Hugging Face layout or a quantised one, a .gguf file, a run folder
     (its finished model), or a name that was pulled.
@@ -33,13 +35,19 @@ def load(
     with a ``dtype`` becomes plain numbers). ``quantize``: "int8" or "int4" holds the weights in so
     many bits, and ``dtype`` is then that of the rest and of what is computed, bfloat16 if None.
     ``draft``: as ``LanguageModel`` knows it, or another, smaller model of the same vocabulary,
-    named and loaded in the same way, but not quantised. CheckpointError for what is not there, does
+    named and loaded in the same way, but not quantised. ``cache``: "int8" keeps what is known of
+    each token in about half the bytes of bfloat16, to hold longer contexts and to read them faster;
+    None in the type that is computed (docs/engine.md). CheckpointError for what is not there, does
     not fit together or needs more memory than is free.
     """
     if fault := device_fault(device):
         raise CheckpointError(fault)
     if quantize is not None and quantize not in BITS:
         raise CheckpointError(f"quantize {quantize!r} is not one of {', '.join(BITS)}")
+    try:
+        check_cache(cache)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     wanted, bits = _dtype(dtype), None if quantize is None else BITS[quantize]
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.read_tokenizer()
@@ -47,7 +55,7 @@ def load(
     model = load_model(checkpoint, dtype=wanted, bits=bits, device=device, progress=progress)
     if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load(draft, dtype, device, progress, draft="none")
-    return LanguageModel(model, tokenizer, limits, draft, checkpoint.sampling)
+    return LanguageModel(model, tokenizer, limits, draft, checkpoint.sampling, cache)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -2,6 +2,10 @@
 
 MLA needs one row per token and layer, [latent; rope key], never expanded keys and values; the dense
 models keep the keys and values of their shared heads. Layers count the MTP modules' too.
+
+A row stands in the model's type, or mostly in int8 (kernels/cached_rows.py says how). It is rounded
+when it is written, before anyone looks at it, and by itself: a token sees the same row of its own
+and of all before whether they came in one pass, in many, out of the cache or from disk.
 """
 
 from __future__ import annotations
@@ -14,13 +18,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qiusuo.kernels.cached_rows import Int8Rows, PlainRows, Rows, row_bytes
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.groups import Pages, Seen
 
-# L layers, p pages, s tokens of a page, Z numbers of a token and layer,
+# L layers, p pages, s tokens of a page, Z numbers of a token and layer, W elements they take,
 # B sequences, T new tokens of each, S tokens that can be seen.
 
 PAGE_TOKENS = 32
+CACHES = ("int8",)  # what entries may be rounded to
+
+
+def check_cache(cache: str | None) -> None:
+    """ValueError unless entries can be kept so."""
+    if cache is not None and cache not in CACHES:
+        raise ValueError(
+            f"cache {cache!r} is not {' or '.join(CACHES)}; leave it out for the model's own type"
+        )
+
+
+def rows_of(config: ModelConfig, dtype: torch.dtype, cache: str | None = None) -> Rows:
+    """How a model that computes in ``dtype`` keeps a token's entries: None as they are, "int8"."""
+    check_cache(cache)
+    if cache is None:
+        return PlainRows(config.cache_width, dtype)
+    return Int8Rows(config.cache_width - config.cache_exact, config.cache_exact, dtype)
 
 
 class Kept(Protocol):
@@ -48,25 +70,32 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
         page_tokens: int = PAGE_TOKENS,
+        cache: str | None = None,
     ) -> None:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self.page_tokens, self.first_width = page_tokens, config.cache_parts[0]
-        shape = (layers, pages, page_tokens, config.cache_width)
-        self.entries_LpsZ = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = rows_of(config, dtype, cache)
+        shape = (layers, pages, page_tokens, self.rows.width)
+        self.entries_LpsW = torch.empty(shape, dtype=self.rows.stored, device=device)
         self.beside: list[PagedCache] = []  # other models' entries for the tokens of the same pages
 
     @staticmethod
-    def page_bytes(config: ModelConfig, dtype: torch.dtype, page_tokens: int = PAGE_TOKENS) -> int:
+    def page_bytes(
+        config: ModelConfig,
+        dtype: torch.dtype,
+        page_tokens: int = PAGE_TOKENS,
+        cache: str | None = None,
+    ) -> int:
         """Bytes of one page over all layers."""
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        return layers * page_tokens * config.cache_width * dtype.itemsize
+        return layers * page_tokens * row_bytes(rows_of(config, dtype, cache))
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 
     def parts(self, page: int) -> list[Tensor]:
-        """All that a page holds: its entries [L, s, Z] here, and in the caches beside."""
-        return [cache.entries_LpsZ[:, page] for cache in (self, *self.beside)]
+        """All that a page holds: its entries [L, s, W] here, and in the caches beside."""
+        return [cache.entries_LpsW[:, page] for cache in (self, *self.beside)]
 
     def copy_page(self, source: int, target: int) -> None:
         for to, of in zip(self.parts(target), self.parts(source), strict=True):
@@ -108,7 +137,7 @@ class PagedGroup:
     mask_BTS: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        size, device = self.cache.page_tokens, self.cache.entries_LpsZ.device
+        size, device = self.cache.page_tokens, self.cache.entries_LpsW.device
         lengths = [sequence.length for sequence in self.sequences]
         self.seen = max(lengths) + self.tokens
         needed = self.cache.pages_for(self.seen)
@@ -134,10 +163,10 @@ class PagedGroup:
         return len(self.sequences)
 
     def extend(self, layer: int, first_BTX: Tensor, second_BTY: Tensor) -> Seen:
-        entries_psZ = self.cache.entries_LpsZ[layer]
+        entries_psW = self.cache.entries_LpsW[layer]
         new_NZ = torch.cat((first_BTX, second_BTY), dim=-1).flatten(0, 1)
-        entries_psZ.flatten(0, 1).index_copy_(0, self.slots_N, new_NZ.to(entries_psZ.dtype))
-        return PagedSeen(self, entries_psZ)
+        self.cache.rows.keep(new_NZ, entries_psW.flatten(0, 1), self.slots_N)
+        return PagedSeen(self, entries_psW)
 
     @cached_property
     def queries(self) -> tuple[Tensor, Tensor]:
@@ -151,18 +180,19 @@ class PagedSeen:
     """A ``model.groups.Seen`` of one layer."""
 
     group: PagedGroup
-    entries_psZ: Tensor
+    entries_psW: Tensor
 
     @property
     def pages(self) -> Pages:
-        return Pages(self.entries_psZ, *self.group.queries)
+        return Pages(self.entries_psW, *self.group.queries)
 
     @cached_property
     def joined_BSZ(self) -> Tensor:
-        group = self.group
+        group, rows = self.group, self.group.cache.rows
         if group.first_page is not None:
-            return self.entries_psZ[group.first_page :].flatten(0, 1)[None, : group.seen]
-        seen_psZ = self.entries_psZ.index_select(0, group.pages_Bp.flatten())
+            entries_SW = self.entries_psW[group.first_page :].flatten(0, 1)[: group.seen]
+            return rows.read(entries_SW)[None]
+        seen_psZ = rows.read(self.entries_psW.index_select(0, group.pages_Bp.flatten()))
         return seen_psZ.view(group.batch, -1, seen_psZ.shape[-1])[:, : group.seen]
 
     @property

@@ -151,6 +151,30 @@ class Native:
             at(codes), at(scales), rows, columns,
         )  # fmt: skip
 
+    def keep_rows(self, rows_NZ: Tensor, entries_SW: Tensor, slots_N: Tensor, rounded: int) -> None:
+        """See ``kernels/cached_rows.py``; ``slots`` must be rows of the cache."""
+        (N, Z), width = rows_NZ.shape, entries_SW.shape[1]
+        check("rows", rows_NZ, (N, Z), *KINDS)
+        check("the cache", entries_SW, tuple(entries_SW.shape), torch.uint8)
+        check("slots", slots_N, (N,), torch.int64)
+        self._run(
+            "qiusuo_keep_rows", at(rows_NZ), KINDS[rows_NZ.dtype], at(entries_SW), at(slots_N),
+            N, rounded, Z - rounded, width,
+        )  # fmt: skip
+
+    def unpack_rows(
+        self, entries_NW: Tensor, rounded: int, exact: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The numbers [N, Z] of rows of the cache, in ``dtype``."""
+        N, width = entries_NW.shape
+        check("the cache's rows", entries_NW, (N, width), torch.uint8)
+        rows_NZ = torch.empty(N, rounded + exact, dtype=dtype)
+        self._run(
+            "qiusuo_unpack_rows", at(entries_NW), at(rows_NZ), KINDS[dtype], N, rounded, exact,
+            width,
+        )  # fmt: skip
+        return rows_NZ
+
     def walks_pages(self, width: int, latent: int, page_tokens: int) -> bool:
         """Whether ``latent_attention`` takes rows of ``width`` numbers, ``latent`` of them values,
         in pages of so many."""
@@ -160,22 +184,23 @@ class Native:
     def latent_attention(
         self,
         q_NHE: Tensor,
-        entries_psE: Tensor,
+        entries_psW: Tensor,
         table_Np: Tensor,
         lengths_N: Tensor,
         latent: int,
         scale: float,
     ) -> Tensor:
         """See ``kernels/latent_attention.py``; only where ``walks_pages``."""
-        (N, H, E), (pages, size, _) = q_NHE.shape, entries_psE.shape
+        (N, H, E), (_, size, _) = q_NHE.shape, entries_psW.shape
+        bits = 16 if entries_psW.dtype is torch.bfloat16 else 8
         check("queries", q_NHE, (N, H, E), torch.bfloat16)
-        check("the cache", entries_psE, (pages, size, E), torch.bfloat16)
+        check("the cache", entries_psW, tuple(entries_psW.shape), torch.bfloat16, torch.uint8)
         check("the page table", table_Np, (N, table_Np.shape[1]), torch.int64)
         check("lengths", lengths_N, (N,), torch.int64)
         out_NHC = q_NHE.new_empty(N, H, latent)
         self.begin()
         self.library.qiusuo_latent_attention(
-            at(q_NHE), at(entries_psE), at(table_Np), table_Np.shape[1], at(lengths_N),
+            at(q_NHE), at(entries_psW), bits, at(table_Np), table_Np.shape[1], at(lengths_N),
             at(out_NHC), N, H, E, latent, size, scale,
         )  # fmt: skip
         return out_NHC

@@ -10,7 +10,9 @@ SIGNATURES = {
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
     "qiusuo_dequantize": [INT, INT, *[AT] * 3, *[SIZE] * 2],
     "qiusuo_quantize": [INT, INT, AT, INT, *[AT] * 3, *[SIZE] * 2],
-    "qiusuo_latent_attention": [*[AT] * 3, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
+    "qiusuo_keep_rows": [INT, AT, INT, *[AT] * 2, *[SIZE] * 4],
+    "qiusuo_unpack_rows": [INT, *[AT] * 2, INT, *[SIZE] * 4],
+    "qiusuo_latent_attention": [*[AT] * 2, INT, AT, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
     "qiusuo_rms_norm": [AT, INT, *[AT] * 2, *[SIZE] * 2, FLOAT],
     "qiusuo_rotate_pairs": [AT, INT, *[AT] * 2, *[SIZE] * 5],
     "qiusuo_choose_experts": [

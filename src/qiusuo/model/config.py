@@ -98,6 +98,11 @@ class ModelConfig:
         return sum(self.cache_parts)
 
     @property
+    def cache_exact(self) -> int:
+        """How many of a cached row's elements, the last ones, no cache may round to int8."""
+        return 0
+
+    @property
     def rotary_dim(self) -> int:
         """Elements of a head that RoPE turns."""
         raise NotImplementedError

@@ -119,6 +119,10 @@ class DeepseekConfig(ModelConfig):
         return self.kv_lora_rank, self.qk_rope_head_dim
 
     @property
+    def cache_exact(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
     def scoring_func(self) -> str:
         return ROUTER_METHODS[self.model_type][0]
 

@@ -16,16 +16,17 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 # B sequences of a group, T new tokens of each, S tokens that can be seen, N tokens of the pass,
-# X and Y the widths in ``ModelConfig.cache_parts``, Z = X + Y, p pages of s rows.
+# X and Y the widths in ``ModelConfig.cache_parts``, Z = X + Y, p pages of s rows of W elements.
 
 
 class Pages(NamedTuple):
     """Where the rows stand that each query of a group looks at, for kernels that walk them there.
 
-    ``entries``: a layer's rows, page by page; ``table``: the pages of each query's sequence, in
-    order; ``lengths``: how many rows of them it sees. Queries go by sequence, then by place."""
+    ``entries``: a layer's rows, page by page, as they are stored (kernels/cached_rows.py);
+    ``table``: the pages of each query's sequence, in order; ``lengths``: how many rows of them it
+    sees. Queries go by sequence, then by place."""
 
-    entries_psZ: Tensor
+    entries_psW: Tensor
     table_Np: Tensor
     lengths_N: Tensor
 

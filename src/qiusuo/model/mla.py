@@ -137,7 +137,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent_BTHC = per_head(q_nope_BTHN, to_key_HCN)
         q_BTHE = torch.cat((q_latent_BTHC, q_rope_BTHR), -1)
         pages = seen.pages
-        if pages is not None and walks_pages(q_BTHE, pages.entries_psZ, self.latent):
+        if pages is not None and walks_pages(q_BTHE, pages.entries_psW, self.latent):
             q_NHE = q_BTHE.flatten(0, 1)
             out_NHC = latent_attention(q_NHE, *pages, self.latent, self.scale)
             return per_head(out_NHC.view_as(q_latent_BTHC), to_value_HVC)

@@ -157,6 +157,7 @@ class Registry:
             coming.source,
             dtype=settings.dtype,
             quantize=settings.quantize,
+            cache=settings.cache,
             device=settings.device,
             progress=progress,
             limits=settings.limits,

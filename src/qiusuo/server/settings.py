@@ -39,6 +39,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     dtype: str | None = None
     quantize: str | None = None
+    cache: str | None = None
     device: str = "cpu"
     draft: str = "auto"
     limits: Limits = field(default_factory=Limits)
