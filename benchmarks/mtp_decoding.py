@@ -98,7 +98,7 @@ def train(folder: Path, minutes: float) -> None:
     lines = ["".join(record(generator) for _ in range(8)) for _ in range(4000)]
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in lines))
     recipe.write_text(RECIPE.format(minutes=minutes, text=text.resolve()))
-    command = [sys.executable, "-m", "qiusuo", "train", recipe, "--run", folder / "run"]
+    command = [sys.executable, "-m", "qiusuo", "train", str(recipe), "--run", str(folder / "run")]
     subprocess.run(command, check=True)
 
 
