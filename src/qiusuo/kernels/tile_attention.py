@@ -53,7 +53,9 @@ def tile_attention_by_tiles(
     sums_BHT = q_BHTE.new_full((batch, heads, queries), -math.inf, dtype=torch.float32)
     for k_BKsE, v_BKsV, mask_BTs in tiles:
         # No mask means that all is seen; to the kernel it would be causal.
-        parts = _ready(q_BHTE, k_BKsE, v_BKsV, _everywhere(k_BKsE) if mask_BTs is None else mask_BTs)
+        parts = _ready(
+            q_BHTE, k_BKsE, v_BKsV, _everywhere(k_BKsE) if mask_BTs is None else mask_BTs
+        )
         if out_BHTV is None:
             out_BTHV = q_BHTE.new_zeros(
                 batch, queries, heads, v_BKsV.shape[-1], dtype=torch.float32
