@@ -29,6 +29,9 @@ inline __mmask32 within(int64_t width, int64_t at) {
     return width - at >= 32 ? ~__mmask32(0) : (__mmask32(1) << std::max<int64_t>(0, width - at)) - 1;
 }
 
+// Rows of a head lie far apart, where the processor does not expect them: they are called for early.
+constexpr int64_t AHEAD = 16;
+
 // Rows in memory as left tiles [tiles][width/32]; zeros beyond `count` and `width`.
 inline void pack_left(const bf16 *rows, int64_t stride, int64_t count, int64_t width, int64_t tiles,
                       bf16 *to) {
@@ -36,6 +39,7 @@ inline void pack_left(const bf16 *rows, int64_t stride, int64_t count, int64_t w
     for (int64_t row = 0; row < tiles * TILE; row++)
         for (int64_t step = 0; step < steps; step++) {
             const __mmask32 mask = row < count ? within(width, step * STEP) : 0;
+            _mm_prefetch(rows + (row + AHEAD) * stride + step * STEP, _MM_HINT_T0);
             _mm512_store_si512(to + (row / TILE * steps + step) * ELEMENTS + row % TILE * STEP,
                                _mm512_maskz_loadu_epi16(mask, rows + row * stride + step * STEP));
         }
