@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qiusuo.kernels.tile_attention import takes, tile_attention
+from qiusuo.kernels.tile_attention import takes, tile_attention, tile_attention_by_tiles
 
 # B batch, H heads, K key heads, G = H/K, T queries, S keys, E query/key width, V value width,
 # N = B*H, X = T*G, p pieces, h either 1 or H.
@@ -77,6 +77,14 @@ def attention_by_tiles(
     Each tile gives its own softmax's result and the logarithm of its sum; two tiles are joined by
     weighing their results with these sums (online softmax; FlashAttention, arXiv:2205.14135 §3.1).
     Without gradients. A query may see nothing of a tile; of all tiles nothing: zeros."""
+    if takes(scale, q_BHTE):
+        return tile_attention_by_tiles(q_BHTE, tiles, scale)
+    return _join_tiles(q_BHTE, tiles, scale)
+
+
+def _join_tiles(
+    q_BHTE: Tensor, tiles: Iterable[tuple[Tensor, Tensor, Tensor | None]], scale: float
+) -> Tensor:
     joined: tuple[Tensor, Tensor] | None = None
     for k_BKsE, v_BKsV, mask_BTs in tiles:
         mask_BhTs = None if mask_BTs is None else mask_BTs[:, None]
@@ -124,7 +132,8 @@ def shared_key_attention(
     pieces = (keys - queries) // PIECE  # every query sees all of them, and one key or more is left
     if len(q_BTHE) > 1 or mask_BTS is not None or pieces < 2:
         tiles = _tiles_of_rows(q_BTHE, k_BSKE, v_BSKV, mask_BTS)
-        out_BKXV = attention_by_tiles(q_BKXE, tiles, scale)
+        # A row for each head: too few heads to keep the cores busy with AMX's spans of queries.
+        out_BKXV = _join_tiles(q_BKXE, tiles, scale)
     else:
         out_BKXV = _in_pieces(q_BKXE, k_BSKE, v_BSKV, scale, pieces, queries)
     return out_BKXV.unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)
