@@ -176,8 +176,6 @@ void end_span(const Work &work, int64_t count, int64_t V, void *out, int64_t str
 
 }  // namespace
 
-bool amx_training_attention_usable() { return amx::usable(); }
-
 void amx_attend(const Attention &call, const View &out, float *sums, bool carried) {
     const int64_t spans = up(call.T, SPAN);
     const float scale = call.scale * 1.44269504f;  // to base 2
@@ -217,6 +215,5 @@ void amx_attend(const Attention &call, const View &out, float *sums, bool carrie
 TARGET_END
 #else
 #include "amx_training_attention.h"
-bool amx_training_attention_usable() { return false; }
 void amx_attend(const Attention &, const View &, float *, bool) {}
 #endif

@@ -1,4 +1,5 @@
-// Softmax attention of many queries, and its gradients, in bfloat16 on AMX; see the .cpp files.
+// Softmax attention of many queries, and its gradients, in bfloat16 on AMX; see the .cpp files. Only
+// where amx::usable() has been asked and said yes.
 #pragma once
 #include <cstdint>
 
@@ -18,9 +19,6 @@ struct Attention {
 
     int64_t tasks_bytes() const { return 2 * B * H * (T + S) * (E + V); }
 };
-
-// Whether this processor will do.
-bool amx_training_attention_usable();
 
 // out [B, H, T, V] and the base-2 logarithms of the softmaxes' sums [B, H, T]; zeros and −∞ for a
 // query that sees nothing. out: bfloat16. Or, if `carried`, float32: then out and sums are what

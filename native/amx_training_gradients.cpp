@@ -22,7 +22,7 @@ using amx::ELEMENTS;
 using amx::SUMS;
 using amx::TILE;
 using amx::up;
-constexpr int64_t QUERIES = 128; // of a block
+constexpr int64_t QUERIES = 128;  // of a block
 constexpr int64_t KEYS = 64;     // of a block
 constexpr int64_t SPAN = 512;    // queries whose factors are laid out at a time
 constexpr int64_t COLUMNS = KEYS / TILE;
