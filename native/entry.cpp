@@ -1,5 +1,6 @@
 // The C interface, and which instruction set answers it.
 #include "amx_attention.h"
+#include "amx_training_attention.h"
 #include "kernels.h"
 #include "small.h"
 #include "threads.h"
@@ -106,6 +107,23 @@ void qiusuo_latent_attention(const void *queries, const void *entries, int bits,
                              int64_t page_tokens, float scale) {
     amx_attention(static_cast<const uint16_t *>(queries), entries, bits, tables, table_width,
                   lengths, static_cast<uint16_t *>(out), N, H, E, C, page_tokens, scale);
+}
+
+// Softmax attention of many queries in bfloat16, and its gradients; amx_training_attention.h. Only
+// where the instruction set is 5.
+void qiusuo_attend(const View *q, const View *k, const View *v, const View *mask, const View *out,
+                   float *sums, int carried, int64_t B, int64_t H, int64_t K, int64_t T, int64_t S,
+                   int64_t E, int64_t V, float scale) {
+    amx_attend({*q, *k, *v, mask, B, H, K, T, S, E, V, scale}, *out, sums, carried != 0);
+}
+
+void qiusuo_attend_backward(const View *q, const View *k, const View *v, const View *mask,
+                            const View *out, const float *sums, const View *grad_out,
+                            const View *grad_q, const View *grad_k, const View *grad_v, int64_t B,
+                            int64_t H, int64_t K, int64_t T, int64_t S, int64_t E, int64_t V,
+                            float scale) {
+    amx_attend_backward({*q, *k, *v, mask, B, H, K, T, S, E, V, scale}, *out, sums, *grad_out,
+                        *grad_q, *grad_k, *grad_v);
 }
 
 // What stands between the products; small.h.

@@ -28,3 +28,15 @@ class Scratch {
     void *memory_ = nullptr;
     size_t bytes_ = 0;
 };
+
+// Parts of one room, one after the other, each aligned to a cache line. Without a base it only counts.
+struct Room {
+    uintptr_t base = 0;
+    size_t used = 0;
+
+    template <class T> T *take(size_t count) {
+        T *const part = reinterpret_cast<T *>(base + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return part;
+    }
+};

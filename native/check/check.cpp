@@ -29,6 +29,18 @@ void qiusuo_latent_attention(const void *queries, const void *entries, int bits,
                              const int64_t *tables, int64_t table_width, const int64_t *lengths,
                              void *out, int64_t N, int64_t H, int64_t E, int64_t C,
                              int64_t page_tokens, float scale);
+struct View {
+    void *at;
+    int64_t batch, head, row;
+};
+void qiusuo_attend(const View *q, const View *k, const View *v, const View *mask, const View *out,
+                   float *sums, int carried, int64_t B, int64_t H, int64_t K, int64_t T, int64_t S,
+                   int64_t E, int64_t V, float scale);
+void qiusuo_attend_backward(const View *q, const View *k, const View *v, const View *mask,
+                            const View *out, const float *sums, const View *grad_out,
+                            const View *grad_q, const View *grad_k, const View *grad_v, int64_t B,
+                            int64_t H, int64_t K, int64_t T, int64_t S, int64_t E, int64_t V,
+                            float scale);
 }
 
 namespace {
@@ -275,6 +287,81 @@ void check_attention(int isa) {
     }
 }
 
+// Attention of many queries and its gradients: one sequence, H query heads on one key head, causal or
+// with a mask, of which query 0 sees nothing.
+void check_attend(Draws &draw, int isa, int64_t H, int64_t T, int64_t S, int64_t E, int64_t V,
+                  bool masked) {
+    const Rows q(draw, T * H, E), k(draw, S, E), v(draw, S, V), toward(draw, T * H, V);
+    Buffer<uint8_t> mask(T * S);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i >= size_t(S) && draw.below(3) == 0;
+    const Answer out(1, T * H * V), grad_q(1, T * H * E), grad_k(1, S * E), grad_v(1, S * V);
+    Buffer<float> sums(H * T);
+    const auto view = [&](const void *at, int64_t heads, int64_t width) {
+        return View{const_cast<void *>(at), 0, width, heads * width};  // [rows, heads, width]
+    };
+    const View at_q = view(q.at(1), H, E), at_k = view(k.at(1), 1, E), at_v = view(v.at(1), 1, V),
+               at_mask = view(mask.get(), 1, S), at_out = view(out.at(), H, V),
+               at_toward = view(toward.at(1), H, V), to_q = view(grad_q.at(), H, E),
+               to_k = view(grad_k.at(), 1, E), to_v = view(grad_v.at(), 1, V);
+    const float scale = 1e-3f;
+    const View *seen = masked ? &at_mask : nullptr;
+    qiusuo_attend(&at_q, &at_k, &at_v, seen, &at_out, sums.get(), 0, 1, H, 1, T, S, E, V, scale);
+    qiusuo_attend_backward(&at_q, &at_k, &at_v, seen, &at_out, sums.get(), &at_toward, &to_q, &to_k,
+                           &to_v, 1, H, 1, T, S, E, V, scale);
+    // Sums, and the sums of their terms' sizes: roundings are of these.
+    std::vector<double> dk(S * E), dv(S * V), dk_size(S * E), dv_size(S * V);
+    for (int64_t row = 0; row < T * H; ++row) {
+        const int64_t t = row / H;
+        std::vector<double> weight(S), toward_v(S), sum(V), size(V), dq(E), dq_size(E);
+        double total = 0, delta = 0, delta_size = 0;
+        for (int64_t s = 0; s < S; ++s) {
+            if (masked ? !mask[t * S + s] : s > S - T + t) continue;
+            double score = 0;
+            for (int64_t e = 0; e < E; ++e) score += q.f32[row * E + e] * k.f32[s * E + e];
+            total += weight[s] = std::exp(score * scale);
+        }
+        for (int64_t s = 0; s < S; ++s) {
+            if (total > 0) weight[s] /= total;
+            double magnitude = 0;
+            for (int64_t c = 0; c < V; ++c) {
+                const double value = v.f32[s * V + c], g = toward.f32[row * V + c];
+                toward_v[s] += g * value, magnitude += std::fabs(g * value);
+                sum[c] += weight[s] * value, size[c] += weight[s] * std::fabs(value);
+                dv[s * V + c] += weight[s] * g, dv_size[s * V + c] += weight[s] * std::fabs(g);
+            }
+            delta += weight[s] * toward_v[s], delta_size += weight[s] * magnitude;
+        }
+        for (int64_t s = 0; s < S; ++s)
+            for (int64_t e = 0; e < E; ++e) {
+                const double grad = weight[s] * (toward_v[s] - delta) * scale;
+                const double most = weight[s] * (std::fabs(toward_v[s]) + delta_size) * scale;
+                dq[e] += grad * k.f32[s * E + e], dq_size[e] += most * std::fabs(k.f32[s * E + e]);
+                dk[s * E + e] += grad * q.f32[row * E + e];
+                dk_size[s * E + e] += most * std::fabs(q.f32[row * E + e]);
+            }
+        for (int64_t c = 0; c < V; ++c)
+            compare("attend", isa, 16, 1, row, c, S, out[row * V + c], sum[c], size[c] / 100 + 1e-9);
+        for (int64_t e = 0; e < E; ++e)
+            compare("grad_q", isa, 16, 1, row, e, S, grad_q[row * E + e], dq[e], dq_size[e] / 100 + 1e-9);
+    }
+    for (int64_t i = 0; i < S * E; ++i)
+        compare("grad_k", isa, 16, 1, i / E, i % E, T, grad_k[i], dk[i], dk_size[i] / 100 + 1e-9);
+    for (int64_t i = 0; i < S * V; ++i)
+        compare("grad_v", isa, 16, 1, i / V, i % V, T, grad_v[i], dv[i], dv_size[i] / 100 + 1e-9);
+}
+
+void check_attends(int isa) {
+    if (isa != 5) return;
+    Draws draw;
+    for (const bool masked : {false, true}) {
+        check_attend(draw, isa, 1, 1, 1, 8, 8, masked);
+        check_attend(draw, isa, 2, 17, 33, 48, 32, masked);
+        check_attend(draw, isa, 1, 33, 17, 40, 24, masked);
+        check_attend(draw, isa, 3, 130, 130, 48, 32, masked);
+        check_attend(draw, isa, 1, 530, 700, 30, 20, masked);
+    }
+}
+
 // Several callers at once, as server threads are, each with work for many threads.
 void check_callers(int isa) {
     const int64_t M = 4, O = 700, I = 512;
@@ -307,6 +394,7 @@ int main() {
         check_all(isa);
         check_callers(isa);
         check_attention(isa);
+        check_attends(isa);
         std::printf("%d: %s\n", isa, name);
     }
     std::printf("%d numbers compared, %d wrong\n", compared, failures);

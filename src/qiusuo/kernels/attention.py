@@ -1,10 +1,11 @@
 """Softmax attention with queries and keys wider than values, as MLA makes them.
 
-PyTorch's fused CPU kernel falls off its fast path when the widths differ, and its bf16 backward
-is slow. Up to a few hundred tokens, plain matrix products per block of queries are faster: they
-run at the machine's bf16 rate, and a block never looks past its own last token. Longer sequences
-go through the fused kernel with the values padded to the keys' width; there memory stays linear as
-long as no explicit mask is given.
+Where there is AMX, bfloat16 goes to a kernel of our own (``tile_attention``). What follows here is
+for everything else, and its reference. PyTorch's fused CPU kernel falls off its fast path when the
+widths differ, and its bf16 backward is slow. Up to a few hundred tokens, plain matrix products per
+block of queries are faster: they run at the machine's bf16 rate, and a block never looks past its
+own last token. Longer sequences go through the fused kernel with the values padded to the keys'
+width; there memory stays linear as long as no explicit mask is given.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qiusuo.kernels.tile_attention import takes, tile_attention, tile_attention_by_tiles
+
 # B batch, H heads, K key heads, G = H/K, T queries, S keys, E query/key width, V value width,
 # N = B*H, X = T*G, p pieces, h either 1 or H.
 
@@ -26,10 +29,11 @@ PIECE = 1024  # keys of a long context that are one piece of work
 
 
 def attention_reference(
-    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None = None
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, scale: float, mask_BTS: Tensor | None = None
 ) -> Tensor:
-    """The equation in float32. ``mask``: true where a query may look; None means causal, with the
-    last query on the last key."""
+    """The equation in float32. Keys of K heads serve H/K query heads each, in a row. ``mask``: true
+    where a query may look; None means causal, with the last query on the last key."""
+    k_BHSE, v_BHSV = _for_every_head(q_BHTE, k_BKSE, v_BKSV)
     scores_BHTS = q_BHTE.float() @ k_BHSE.float().transpose(-1, -2) * scale
     if mask_BTS is None:
         mask_BTS = causal_mask(q_BHTE.shape[-2], k_BHSE.shape[-2], q_BHTE.device)[None]
@@ -38,9 +42,12 @@ def attention_reference(
 
 
 def attention(
-    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, scale: float, mask_BTS: Tensor | None = None
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, scale: float, mask_BTS: Tensor | None = None
 ) -> Tensor:
-    """As ``attention_reference`` [B, H, T, V], by the faster way for this device and length."""
+    """As ``attention_reference`` [B, H, T, V], by the fastest way for this processor and length."""
+    if takes(scale, q_BHTE, k_BKSE, v_BKSV):
+        return tile_attention(q_BHTE, k_BKSE, v_BKSV, scale, mask_BTS)
+    k_BHSE, v_BHSV = _for_every_head(q_BHTE, k_BKSE, v_BKSV)
     queries, keys = q_BHTE.shape[-2], k_BHSE.shape[-2]
     if q_BHTE.device.type != "cpu" or keys > LONGEST_PLAIN:
         return _fused(q_BHTE, k_BHSE, v_BHSV, scale, mask_BTS)
@@ -70,6 +77,14 @@ def attention_by_tiles(
     Each tile gives its own softmax's result and the logarithm of its sum; two tiles are joined by
     weighing their results with these sums (online softmax; FlashAttention, arXiv:2205.14135 §3.1).
     Without gradients. A query may see nothing of a tile; of all tiles nothing: zeros."""
+    if takes(scale, q_BHTE):
+        return tile_attention_by_tiles(q_BHTE, tiles, scale)
+    return _join_tiles(q_BHTE, tiles, scale)
+
+
+def _join_tiles(
+    q_BHTE: Tensor, tiles: Iterable[tuple[Tensor, Tensor, Tensor | None]], scale: float
+) -> Tensor:
     joined: tuple[Tensor, Tensor] | None = None
     for k_BKsE, v_BKsV, mask_BTs in tiles:
         mask_BhTs = None if mask_BTs is None else mask_BTs[:, None]
@@ -117,7 +132,8 @@ def shared_key_attention(
     pieces = (keys - queries) // PIECE  # every query sees all of them, and one key or more is left
     if len(q_BTHE) > 1 or mask_BTS is not None or pieces < 2:
         tiles = _tiles_of_rows(q_BTHE, k_BSKE, v_BSKV, mask_BTS)
-        out_BKXV = attention_by_tiles(q_BKXE, tiles, scale)
+        # A row for each head: too few heads to keep the cores busy with AMX's spans of queries.
+        out_BKXV = _join_tiles(q_BKXE, tiles, scale)
     else:
         out_BKXV = _in_pieces(q_BKXE, k_BSKE, v_BSKV, scale, pieces, queries)
     return out_BKXV.unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)
@@ -182,8 +198,7 @@ def _tile_in_one_piece(
     q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, scale: float, mask_BhTS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``_tile`` by its equations, for other devices and for values wider than keys."""
-    group = q_BHTE.shape[1] // k_BKSE.shape[1]
-    k_BHSE, v_BHSV = (x.repeat_interleave(group, dim=1) for x in (k_BKSE, v_BKSV))
+    k_BHSE, v_BHSV = _for_every_head(q_BHTE, k_BKSE, v_BKSV)
     scores_BHTS = (q_BHTE @ k_BHSE.transpose(-1, -2)).float() * scale
     if mask_BhTS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask_BhTS, -math.inf)
@@ -196,6 +211,11 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """[T, S], true where a query may look; the last query stands on the last key."""
     ones_TS = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones_TS.tril(keys - queries)
+
+
+def _for_every_head(q_BHTE: Tensor, *tensors_BKSX: Tensor) -> tuple[Tensor, ...]:
+    group = q_BHTE.shape[1] // tensors_BKSX[0].shape[1]
+    return tuple(x if group == 1 else x.repeat_interleave(group, dim=1) for x in tensors_BKSX)
 
 
 def _plain(

@@ -5,6 +5,15 @@ from __future__ import annotations
 import ctypes
 
 INT, SIZE, AT, FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+class View(ctypes.Structure):
+    """A tensor [batch, heads, rows, width] in memory: address, and distances in elements."""
+
+    _fields_ = (("at", AT), ("batch", SIZE), ("head", SIZE), ("row", SIZE))
+
+
+VIEW = ctypes.POINTER(View)
 SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
@@ -13,6 +22,8 @@ SIGNATURES = {
     "qiusuo_keep_rows": [INT, AT, INT, *[AT] * 2, *[SIZE] * 4],
     "qiusuo_unpack_rows": [INT, *[AT] * 2, INT, *[SIZE] * 4],
     "qiusuo_latent_attention": [*[AT] * 2, INT, AT, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
+    "qiusuo_attend": [*[VIEW] * 5, AT, INT, *[SIZE] * 7, FLOAT],
+    "qiusuo_attend_backward": [*[VIEW] * 5, AT, *[VIEW] * 4, *[SIZE] * 7, FLOAT],
     "qiusuo_rms_norm": [AT, INT, *[AT] * 2, *[SIZE] * 2, FLOAT],
     "qiusuo_rotate_pairs": [AT, INT, *[AT] * 2, *[SIZE] * 5],
     "qiusuo_choose_experts": [

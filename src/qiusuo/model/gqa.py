@@ -65,13 +65,10 @@ class GroupedQueryAttention(nn.Module):
     def attend_expanded(
         self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask_BTS: Tensor | None
     ) -> Tensor:
-        """Each query head for itself. Where a gradient is wanted it gets copies of its keys and
-        values; else they are looked at where they stand, a tile at a time."""
+        """Each query head for itself; without a gradient a tile of keys at a time."""
         q_BHTE, k_BKSE, v_BKSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
         if torch.is_grad_enabled():
-            group = self.heads // self.shared_heads
-            k_BHSE, v_BHSE = (x.repeat_interleave(group, dim=1) for x in (k_BKSE, v_BKSE))
-            out_BHTE = attention(q_BHTE, k_BHSE, v_BHSE, self.scale, mask_BTS)
+            out_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, self.scale, mask_BTS)
         else:
             queries, keys = q_BTHE.shape[1], k_BSKE.shape[1]
             parts = tiles_of_mask(queries, keys, TILE, mask_BTS, q_BTHE.device)
