@@ -27,13 +27,14 @@ from qiusuo.training.sections import (
 class LearningStage(Section):
     """What all stages with an optimizer share. ``start_from``: the stage whose final weights to
     begin with, where that is not the one before. ``minutes`` shortens ``steps`` on a slow machine:
-    the plan is made once, from the first steps' pace."""
+    the plan is made once, from the first steps' pace. ``precision`` is that of matrix products: the
+    two kinds of FP8 (model/fp8.py) compute the rest as bfloat16 does."""
 
     name: str = ""
     start_from: str | None = None
     steps: int = Field(ge=1)
     minutes: float | None = Field(None, gt=0)
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bfloat16", "float32", "fp8", "fp8_ue8m0"] = "bfloat16"
     checkpoint_steps: int = Field(200, ge=1)
     validation_steps: int = Field(0, ge=0)
     optimizer: OptimizerSection = OptimizerSection()
@@ -77,6 +78,12 @@ class SupervisedStage(LearningStage):
     def whole_micro_batches(self) -> SupervisedStage:
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError("batch_size must be a multiple of micro_batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def compiled_as_written(self) -> SupervisedStage:
+        if self.compile and self.precision.startswith("fp8"):
+            raise ValueError("compile works in bfloat16 and float32, not in FP8: leave one of them")
         return self
 
 
