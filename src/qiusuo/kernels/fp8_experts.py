@@ -75,7 +75,8 @@ class _Fp8Experts(torch.autograd.Function):
             *(weight_R, layout.place_P, layout.token_R, *x[:2], *h[:2]),
             *(part for weight in (*gate_up, *down) for part in weight[:2]),
         )
-        ctx.segments, ctx.scales, ctx.weights_like = layout.segments, scales, weights_MK
+        ctx.segments, ctx.scales = layout.segments, scales
+        ctx.pairs = weights_MK.shape, weights_MK.dtype
         ctx.stacks = [(stack.shape, stack.dtype) for stack in (gate_up_EGD, down_EDF)]
         return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
@@ -110,9 +111,9 @@ class _Fp8Experts(torch.autograd.Function):
                         rows[start:stop], inputs.rows(start, stop), ctx.scales[number]
                     )
                 stacks[number] = stack
-        weights_MK = ctx.weights_like
-        grad_weights_MK = grad_weight_R[place_P].view_as(weights_MK).to(weights_MK.dtype)
-        grad_x_MD = sum_choices(grad_x_RD, place_P, weights_MK.shape[1])
+        shape, dtype = ctx.pairs
+        grad_weights_MK = grad_weight_R[place_P].view(shape).to(dtype)
+        grad_x_MD = sum_choices(grad_x_RD, place_P, shape[1])
         return grad_x_MD, grad_weights_MK, None, *stacks, None
 
 

@@ -28,13 +28,15 @@ class LearningStage(Section):
     """What all stages with an optimizer share. ``start_from``: the stage whose final weights to
     begin with, where that is not the one before. ``minutes`` shortens ``steps`` on a slow machine:
     the plan is made once, from the first steps' pace. ``precision`` is that of matrix products: the
-    two kinds of FP8 (model/fp8.py) compute the rest as bfloat16 does."""
+    two kinds of FP8 (model/fp8.py) compute the rest as bfloat16 does. ``recompute``: keep of each
+    block its input alone and run it again in the backward pass, for less memory and more time."""
 
     name: str = ""
     start_from: str | None = None
     steps: int = Field(ge=1)
     minutes: float | None = Field(None, gt=0)
     precision: Literal["bfloat16", "float32", "fp8", "fp8_ue8m0"] = "bfloat16"
+    recompute: bool = False
     checkpoint_steps: int = Field(200, ge=1)
     validation_steps: int = Field(0, ge=0)
     optimizer: OptimizerSection = OptimizerSection()
@@ -84,6 +86,8 @@ class SupervisedStage(LearningStage):
     def compiled_as_written(self) -> SupervisedStage:
         if self.compile and self.precision.startswith("fp8"):
             raise ValueError("compile works in bfloat16 and float32, not in FP8: leave one of them")
+        if self.compile and self.recompute:
+            raise ValueError("compile and recompute do not go together: leave one of them")
         return self
 
 

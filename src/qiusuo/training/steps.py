@@ -51,6 +51,7 @@ class Learning(ABC):
         self.stage, self.state, self.record = stage, state, record
         self.device = state.model.lm_head.weight.device
         self.dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
+        state.model.recompute = stage.recompute
         self.load = ExpertLoad(state.model)
         # Where the routers are frozen (lora, esft) their biases are too.
         routers = state.model.routers().values()
