@@ -68,10 +68,10 @@ def main() -> None:
             last = smoothed(losses[precision][seed])[-1]
             seconds = time.perf_counter() - start
             print(f"seed {seed} {precision:10} {last:.4f} nats, {seconds:.0f} s", flush=True)
+            if options.out:  # at once: each of them takes minutes
+                plain = {p: {s: one.tolist() for s, one in by.items()} for p, by in losses.items()}
+                options.out.write_text(json.dumps(plain) + "\n", encoding="utf-8")
     show(losses)
-    if options.out:
-        plain = {p: {s: one.tolist() for s, one in by.items()} for p, by in losses.items()}
-        options.out.write_text(json.dumps(plain) + "\n", encoding="utf-8")
     if options.plot and "bfloat16" in losses:
         draw(losses, options.plot)
 
@@ -106,7 +106,8 @@ def live(precision: str, seed: int, steps: int, optimizer: str) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         recipe, path = parse_recipe(table), Path(folder, "run")
         with start_run(recipe, path) as run:
-            train(recipe, run)
+            if not train(recipe, run):
+                raise SystemExit("stopped")
         return np.array([r["loss"] for r in read_log(path / "log.jsonl") if r["kind"] == "step"])
 
 

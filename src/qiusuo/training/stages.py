@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from qiusuo.training.sections import (
     BalanceSection,
     DataSection,
+    ExtendSection,
     OptimizerSection,
     SamplesSection,
     ScheduleSection,
@@ -67,12 +68,14 @@ class LearningStage(Section):
 class SupervisedStage(LearningStage):
     """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass.
     ``position_gaps``: so many positions are skipped between tokens, at most on average, for what is
-    to work on longer texts than these (losses.with_gaps)."""
+    to work on longer texts than these (losses.with_gaps). ``extend``: what the stage begins with is
+    given a longer context, which the stages after it keep."""
 
     sequence_length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     compile: bool = False
+    extend: ExtendSection | None = None
     position_gaps: float = Field(0.0, ge=0)
     mtp_weight: float = Field(0.3, ge=0)
 
