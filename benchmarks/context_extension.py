@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/context_extension.py
 
 A character model learns tinyshakespeare in windows of 64 and then, for a few steps, in windows of
-256. The loss is told by position, over windows of 256 of the held-out end of the text, for the model
-that never saw more than 64 ("short"), the one that went on with its RoPE as it was ("plain") and the
-one whose stage extended it (`extend = { factor = 4 }`, "yarn").
+256. The loss is told by position, over windows of 256 of the held-out end of the text, for the
+model that never saw more than 64 ("short"), the one that went on with its RoPE as it was ("plain")
+and the one whose stage extended it (`extend = { factor = 4 }`, "yarn").
 """
 
 from __future__ import annotations
