@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.fp8 import Fp8Tensor, is_quantized_name, pair_scales, quantize
+from qiusuo.checkpoint.fp8 import Fp8Tensor, is_quantized_name, pair_scales
 from qiusuo.checkpoint.huggingface import (
     load_huggingface,
     open_huggingface,
@@ -23,6 +23,7 @@ from qiusuo.checkpoint.huggingface import (
 from qiusuo.checkpoint.load import checkpoint_of
 from qiusuo.checkpoint.stored import MemoryTensor, chunks
 from qiusuo.checkpoint.tensors import disk_shapes, mtp_copies
+from qiusuo.kernels.fp8 import SQUARE, quantize
 from qiusuo.model.families import config_from_hf
 from qiusuo.model.transformer import Transformer
 from tests.model.shapes import tiny_model
@@ -174,7 +175,7 @@ BLOCKS: dict[str, torch.Tensor] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_the_formats_own(rows, dtype):
     rows = rows.to(dtype)
-    numbers, scale = quantize(rows)
+    numbers, scale = quantize(rows, SQUARE)[:2]
     assert numbers.shape == rows.shape
     assert numbers.dtype == torch.float8_e4m3fn
     assert scale.shape == tuple(math.ceil(n / 128) for n in rows.shape)
@@ -191,9 +192,9 @@ def test_a_block_does_not_feel_its_neighbours():
     """Only its own numbers: a ragged edge is not rounded by the padding or by the next block."""
     rows = torch.randn(130, 257, generator=torch.Generator().manual_seed(2))
     rows[:, 128:256] *= 1e6
-    numbers, scale = quantize(rows)
+    numbers, scale = quantize(rows, SQUARE)[:2]
     for (i, j), block in blocks_of(rows):
-        alone, own = quantize(block)
+        alone, own = quantize(block, SQUARE)[:2]
         assert own.item() == scale[i, j].item()
         part = numbers[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
         assert torch.equal(alone.float(), part.float())
@@ -204,7 +205,7 @@ def test_what_fp8_holds_comes_back_as_it_was():
     numbers = weight.float().nan_to_num()
     numbers[::128, ::128] = 448  # in every block the largest, as quantize leaves it
     first = joined(numbers.to(torch.float8_e4m3fn), scale).rows(0, 260)
-    numbers, again = quantize(first)
+    numbers, again = quantize(first, SQUARE)[:2]
     second = torch.from_numpy(decoded(numbers, again, (128, 128)))
     torch.testing.assert_close(second, first, rtol=1e-6, atol=0)
 

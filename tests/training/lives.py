@@ -105,7 +105,7 @@ def scene_of(recipe: Recipe, path: Path, stage: str | None = None) -> Scene[Any]
     run = start_run(recipe, path)
     section = recipe.stages[0] if stage is None else recipe.stage(stage)
     tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
-    model = build_model(recipe, tokenizer)
+    model = build_model(recipe, tokenizer, section.name)
     adapter = attach_adapter(recipe, model)
     records: list[dict[str, Any]] = []
     return Scene(recipe, section, run, tokenizer, model, adapter, records.append)

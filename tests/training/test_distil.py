@@ -130,7 +130,7 @@ def scene_of_run(path: Path, stage: str) -> Scene[Any]:
     run = RunFolder.open(path)
     recipe = parse_recipe(run.recipe)
     tokenizer = run_tokenizer(recipe, path / "tokenizer")
-    model = build_model(recipe, tokenizer)
+    model = build_model(recipe, tokenizer, stage)
     adapter = attach_adapter(recipe, model)
     checkpoint = last_state(run)
     assert checkpoint is not None

@@ -31,7 +31,7 @@ def model(corpus: Path) -> Transformer:
     recipe = lives.recipe_for(
         corpus, model={"initializer_range": 0.3, "num_nextn_predict_layers": 2}
     )
-    return build_model(recipe, prepare(recipe, recipe.stages[0]).tokenizer)
+    return build_model(recipe, prepare(recipe, recipe.stages[0]).tokenizer, recipe.stages[0].name)
 
 
 class Naive:

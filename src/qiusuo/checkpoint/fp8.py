@@ -2,7 +2,8 @@
 
 A weight [out, in] has its scales [⌈out/128⌉, ⌈in/128⌉] beside it as ``weight_scale_inv``; the
 number meant is ``fp8 · scale``. Blocks at the right and lower edge are as small as what is left.
-(DeepSeek-V3, arXiv:2412.19437 §3.3 and README_WEIGHTS; activations are another matter, not stored.)
+(DeepSeek-V3, arXiv:2412.19437 §3.3 and README_WEIGHTS; activations are another matter, not stored.
+How numbers are rounded is the business of kernels/fp8.py.)
 """
 
 from __future__ import annotations
@@ -13,18 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.stored import StoredTensor
+from qiusuo.kernels.fp8 import BLOCK
 
 # N rows, C columns, n and c blocks of them.
 
-BLOCK = 128
-LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a scale would itself lose digits
 SCALE = "_scale_inv"
 QUANTIZATION_CONFIG: dict[str, Any] = {
     "quant_method": "fp8",
@@ -40,9 +37,6 @@ _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.+\.)?\w+_proj(_with_mqa)?\.weigh
 def is_quantized_name(name: str) -> bool:
     """Whether DeepSeek stores the tensor of that name in FP8."""
     return _PROJECTION.search(name) is not None
-
-
-# -- reading ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,19 +122,3 @@ def _joined(weight: StoredTensor, scale: StoredTensor | None, block: tuple[int, 
             f"{weight.shape} in blocks of {block} needs F32 of shape {expected}"
         )
     return Fp8Tensor(weight, scale, block)
-
-
-# -- writing ------------------------------------------------------------------------------
-
-
-def quantize(rows_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 numbers [N, C] and float32 scales [⌈N/128⌉, ⌈C/128⌉] of whole blocks of rows.
-
-    A block's largest number becomes 448, the format's largest. A block with a number that is
-    not finite has a scale that is not finite."""
-    rows, columns = rows_NC.shape
-    padded = F.pad(rows_NC.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks_nNcC = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    scale_nc = (blocks_nNcC.abs().amax((1, 3)) / LARGEST).clamp_min(SMALLEST_SCALE)
-    scaled = (blocks_nNcC / scale_nc[:, None, :, None]).flatten(0, 1).flatten(1)
-    return scaled[:rows, :columns].to(torch.float8_e4m3fn), scale_nc

@@ -22,7 +22,6 @@ from qiusuo.checkpoint.fp8 import (
     SCALE,
     is_quantized_name,
     pair_scales,
-    quantize,
 )
 from qiusuo.checkpoint.inventory import check_inventory, check_tokenizer
 from qiusuo.checkpoint.load import check_copies, checkpoint_of, load_model
@@ -42,6 +41,7 @@ from qiusuo.checkpoint.stored import (
 from qiusuo.checkpoint.tensors import EMBEDDING, copies, mtp_copies
 from qiusuo.data.hub_listing import CONFIGURATION, PAPERS, PICKLES
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.kernels.fp8 import SQUARE, quantize
 from qiusuo.model.checks import ConfigError
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import ROUTER_BIAS
@@ -322,7 +322,7 @@ def _fp8_outgoing(name: str, source: StoredTensor) -> Iterator[Outgoing]:
 
     def pieces() -> Iterator[Tensor]:
         for _, rows in chunks(source, row_multiple=block[0]):
-            numbers, scale = quantize(rows)
+            numbers, scale = quantize(rows, SQUARE)[:2]
             if not scale.isfinite().all():
                 raise CheckpointError(
                     f"{source.place} holds numbers that are not finite (NaN or infinity), which "

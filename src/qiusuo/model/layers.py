@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qiusuo.kernels.fp8 import Scales, fp8_linear
 from qiusuo.kernels.linear import linear
 from qiusuo.kernels.norm import rms_norm
 
@@ -23,11 +24,15 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """``rows``: compute in products of always so many rows; see ``Transformer.fix_rows``."""
+    """``rows``: compute in products of always so many rows; see ``Transformer.fix_rows``.
+    ``fp8``: compute in FP8 with such scales; see ``in_fp8``."""
 
     rows: int | None = None
+    fp8: Scales | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return fp8_linear(input, self.weight, self.bias, self.fp8)
         return linear(input, self.weight, self.bias, self.rows)
 
 

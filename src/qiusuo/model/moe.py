@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qiusuo.kernels.experts import experts_grouped
+from qiusuo.kernels.fp8 import Scales
+from qiusuo.kernels.fp8_experts import experts_fp8
 from qiusuo.kernels.linear import linear
 from qiusuo.kernels.routing import Choice, Routing, choose_experts
 from qiusuo.model.deepseek_config import DeepseekConfig
@@ -53,9 +55,11 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts as two stacked tensors; per-expert names exist in checkpoints only."""
+    """All routed experts as two stacked tensors; per-expert names exist in checkpoints only.
+    ``fp8``: compute in FP8, with such scales for the two; see ``in_fp8``."""
 
     rows: int | None = None
+    fp8: tuple[Scales, Scales] | None = None
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -64,14 +68,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, config.hidden_size, width))
 
     def forward(self, x_MD: Tensor, routing: Routing) -> Tensor:
-        return experts_grouped(
-            x_MD,
-            routing.weights_MK,
-            routing.indices_MK,
-            self.gate_up_proj,
-            self.down_proj,
-            self.rows,
-        )
+        weights_MK, indices_MK = routing.weights_MK, routing.indices_MK
+        stacks = (self.gate_up_proj, self.down_proj)
+        if self.fp8 is not None:
+            return experts_fp8(x_MD, weights_MK, indices_MK, *stacks, *self.fp8)
+        return experts_grouped(x_MD, weights_MK, indices_MK, *stacks, self.rows)
 
 
 class MoE(nn.Module):

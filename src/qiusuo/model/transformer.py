@@ -21,6 +21,7 @@ from qiusuo.model.layers import MLP, Linear, RMSNorm
 from qiusuo.model.low_bit import LowBitExperts, LowBitLinear
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, MoE, Router, Routing
+from qiusuo.model.recompute import Run, recomputed
 from qiusuo.model.rope import rotations
 
 # B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs, L MoE layers of the
@@ -133,7 +134,11 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model of any family. ``forward`` gives hidden states; ``logits`` the head's."""
+    """A language model of any family. ``forward`` gives hidden states; ``logits`` the head's.
+    ``recompute``: where gradients are wanted, run blocks again instead of keeping what they
+    computed (recompute.py)."""
+
+    recompute: bool = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -164,7 +169,7 @@ class Transformer(nn.Module):
         x_BTD = self.model.embed_tokens(tokens_BT)
         routings: dict[int, Routing] = {}
         for block in self.model.main_blocks:
-            x_BTD, routing = block(x_BTD, context)
+            x_BTD, routing = self._run(block, block, (x_BTD,), context)
             if routing is not None:
                 routings[block.layer] = routing
         return Hidden(self.model.norm(x_BTD), routings)
@@ -176,8 +181,16 @@ class Transformer(nn.Module):
         that predict the tokens after those. Chain depth by depth with what the last one gave."""
         block = self.model.mtp_blocks[depth]
         embedding_BTD = self.model.embed_tokens(next_tokens_BT)
-        x_BTD, routing = block.predict(embedding_BTD, hidden_BTD, context)
+        inputs = (embedding_BTD, hidden_BTD)
+        x_BTD, routing = self._run(block, block.predict, inputs, context)
         return Hidden(x_BTD, {} if routing is None else {block.layer: routing})
+
+    def _run(
+        self, block: Block, run: Run, inputs: tuple[Tensor, ...], context: Context
+    ) -> tuple[Tensor, Routing | None]:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(run, block, inputs, context)
+        return run(*inputs, context)
 
     def context(
         self,

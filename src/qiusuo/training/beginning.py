@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,16 +40,21 @@ def open_base(reference: str) -> Checkpoint:
     return checkpoint
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
-    """The base in float32, or the recipe's model with random weights from its seed."""
+def build_model(recipe: Recipe, tokenizer: Tokenizer, stage: str) -> Transformer:
+    """What the recipe begins with, with the context of a stage: the base in float32, or the
+    recipe's model with random weights from its seed. ConfigError where the base's context cannot
+    be what a stage needs."""
     if recipe.base is not None:
-        return load_model(open_base(recipe.base), dtype=torch.float32).train()
+        checkpoint = open_base(recipe.base)
+        recipe.check_contexts(checkpoint.config)
+        config = recipe.config_of(stage, checkpoint.config)
+        return load_model(replace(checkpoint, config=config), dtype=torch.float32).train()
     config = recipe.model_for(
         tokenizer.vocab_size,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    model = Transformer(config)
+    model = Transformer(recipe.config_of(stage, config))
     model.initialize(torch.Generator().manual_seed(recipe.seed))
     return model
 

@@ -31,7 +31,7 @@ class StageLife:
     def __init__(self, recipe: Recipe, stage: Stage, run: RunFolder, device: str) -> None:
         self.recipe, self.stage, self.run = recipe, stage, run
         self.tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
-        model = build_model(recipe, self.tokenizer).to(device)
+        model = build_model(recipe, self.tokenizer, stage.name).to(device)
         check_prompts(stage, self.tokenizer, model.config.max_position_embeddings)
         adapter = attach_adapter(recipe, model)
         checkpoint = last_state(run)

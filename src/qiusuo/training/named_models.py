@@ -69,7 +69,7 @@ def _after_stage(scene: Scene[Any], stage: str) -> Transformer:
     checkpoint = last_state(scene.run)
     if checkpoint is None:
         raise RecipeError(f"stage {scene.stage.name}: no stage of this run has ended yet")
-    model = build_model(scene.recipe, scene.tokenizer)
+    model = build_model(scene.recipe, scene.tokenizer, stage)
     adapter = attach_adapter(scene.recipe, model)
     take_weights(model, adapter, state_at_end(scene.run, checkpoint, stage))
     if adapter is not None:

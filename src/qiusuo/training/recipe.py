@@ -15,7 +15,9 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from qiusuo.model.checks import ConfigError
 from qiusuo.model.config import ModelConfig
+from qiusuo.model.extension import extended
 from qiusuo.model.families import config_from_recipe
 from qiusuo.training.sections import (
     AdapterSection,
@@ -81,15 +83,37 @@ class Recipe(Section):
                         f"stage {stage.name}: {key} names {other!r}, a stage that leaves no {key}"
                     )
         if self.base is None:
-            context = self.model_for(vocab_size=1024).max_position_embeddings
-            for stage in self.stages:
-                length = getattr(stage, "sequence_length", 0)
-                if length > context:
-                    raise ValueError(
-                        f"stage {stage.name}: sequence_length {length} is over the model's "
-                        f"max_position_embeddings {context}"
-                    )
+            self.check_contexts(self.model_for(vocab_size=1024))
         return self
+
+    def check_contexts(self, config: ModelConfig) -> None:
+        """ConfigError, with the stage's name, where what the recipe begins with cannot be extended
+        as a stage asks for, or does not reach as far as its sequences."""
+        for stage in self.stages:
+            try:
+                context = self.config_of(stage.name, config).max_position_embeddings
+            except ConfigError as error:
+                raise ConfigError(f"stage {stage.name}: {error}") from error
+            length = getattr(stage, "sequence_length", 0)
+            if length > context:
+                raise ConfigError(
+                    f"stage {stage.name}: sequence_length {length} is over the model's "
+                    f"max_position_embeddings {context}; extend can make it longer"
+                )
+
+    def config_of(self, stage: str, config: ModelConfig) -> ModelConfig:
+        """The config of a stage's model, from the one that the recipe begins with: the stage itself
+        or one that it goes on from may have extended the context."""
+        names = [one.name for one in self.stages]
+        place, asked = names.index(stage), []
+        while place >= 0:
+            here = self.stages[place]
+            asked.append(getattr(here, "extend", None))
+            start_from = getattr(here, "start_from", None)
+            place = place - 1 if start_from is None else names.index(start_from)
+        for extend in reversed([one for one in asked if one is not None]):
+            config = extended(config, **extend.model_dump())
+        return config
 
     def model_for(self, vocab_size: int, **special: Any) -> ModelConfig:
         """The model's config once the tokenizer is known."""

@@ -97,6 +97,18 @@ class BalanceSection(Section):
     sequence_weight: float = Field(0.0001, ge=0)
 
 
+class ExtendSection(Section):
+    """A context ``factor`` times as long from this stage on, by YaRN (model/extension.py).
+    ``original``: how many positions the model has learnt, where those are not all of its
+    max_position_embeddings."""
+
+    factor: float = Field(gt=1)
+    original: int | None = Field(None, ge=1)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    mscale: float = Field(1.0, ge=0)
+
+
 class SamplesSection(Section):
     """What the model writes, at every validation and at the end."""
 

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from qiusuo.training.sections import (
     BalanceSection,
     DataSection,
+    ExtendSection,
     OptimizerSection,
     SamplesSection,
     ScheduleSection,
@@ -27,13 +28,16 @@ from qiusuo.training.sections import (
 class LearningStage(Section):
     """What all stages with an optimizer share. ``start_from``: the stage whose final weights to
     begin with, where that is not the one before. ``minutes`` shortens ``steps`` on a slow machine:
-    the plan is made once, from the first steps' pace."""
+    the plan is made once, from the first steps' pace. ``precision`` is that of matrix products: the
+    two kinds of FP8 (model/fp8.py) compute the rest as bfloat16 does. ``recompute``: keep of each
+    block its input alone and run it again in the backward pass, for less memory and more time."""
 
     name: str = ""
     start_from: str | None = None
     steps: int = Field(ge=1)
     minutes: float | None = Field(None, gt=0)
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bfloat16", "float32", "fp8", "fp8_ue8m0"] = "bfloat16"
+    recompute: bool = False
     checkpoint_steps: int = Field(200, ge=1)
     validation_steps: int = Field(0, ge=0)
     optimizer: OptimizerSection = OptimizerSection()
@@ -64,12 +68,14 @@ class LearningStage(Section):
 class SupervisedStage(LearningStage):
     """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass.
     ``position_gaps``: so many positions are skipped between tokens, at most on average, for what is
-    to work on longer texts than these (losses.with_gaps)."""
+    to work on longer texts than these (losses.with_gaps). ``extend``: what the stage begins with is
+    given a longer context, which the stages after it keep."""
 
     sequence_length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     compile: bool = False
+    extend: ExtendSection | None = None
     position_gaps: float = Field(0.0, ge=0)
     mtp_weight: float = Field(0.3, ge=0)
 
@@ -77,6 +83,14 @@ class SupervisedStage(LearningStage):
     def whole_micro_batches(self) -> SupervisedStage:
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError("batch_size must be a multiple of micro_batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def compiled_as_written(self) -> SupervisedStage:
+        if self.compile and self.precision.startswith("fp8"):
+            raise ValueError("compile works in bfloat16 and float32, not in FP8: leave one of them")
+        if self.compile and self.recompute:
+            raise ValueError("compile and recompute do not go together: leave one of them")
         return self
 
 

@@ -13,11 +13,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from qiusuo.model.fp8 import in_fp8
+from qiusuo.model.transformer import Transformer
 from qiusuo.training.balance import ExpertLoad
 from qiusuo.training.hardware import matmul_peak
 from qiusuo.training.scene import Record, TrainingError
@@ -47,7 +50,8 @@ class Learning(ABC):
     def __init__(self, stage: LearningStage, state: StageState, record: Record) -> None:
         self.stage, self.state, self.record = stage, state, record
         self.device = state.model.lm_head.weight.device
-        self.dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
+        self.dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
+        state.model.recompute = stage.recompute
         self.load = ExpertLoad(state.model)
         # Where the routers are frozen (lora, esft) their biases are too.
         routers = state.model.routers().values()
@@ -94,8 +98,15 @@ class Learning(ABC):
         """Whether the stage has reached what it was for, before its last step."""
         return False
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+    @contextmanager
+    def autocast(self, model: Transformer | None = None) -> Iterator[None]:
+        """Forward passes in the stage's precision; FP8 is for the model in training, or the one
+        that is named."""
+        precision = self.stage.precision
+        fp8 = precision if precision in ("fp8", "fp8_ue8m0") else None
+        autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        with autocast, in_fp8(model or self.state.model, fp8):
+            yield
 
     def apply_gradients(self, loss: float) -> float:
         """Clip, step every optimizer at its share of the peak rate; the norm. TrainingError, with

@@ -295,7 +295,7 @@ class Reinforcement(Learning):
     def reference_logprobs(self, rows: Rows) -> Tensor | None:
         if self.reference is None:
             return None
-        with self.autocast():  # its own experts: what it would have said
+        with self.autocast(self.reference):  # its own experts: what it would have said
             plain = rows._replace(experts_BTLK=None)
             return row_logprobs(self.reference, plain, self.stage.temperature)[0]
 
