@@ -32,7 +32,7 @@ void experts(int bits, const Experts &call) {
 const Kernels *amx_kernels() {
     if (!avx512_kernels() || !amx_matmul_takes()) return nullptr;
     static const Kernels kernels = {"amx_bf16", linear, experts, avx512_kernels()->dequantize,
-                                    avx512_kernels()->quantize};
+                                    avx512_kernels()->quantize, avx512_kernels()->between};
     return &kernels;
 }
 #else

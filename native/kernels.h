@@ -8,6 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "between.h"
 #include "levels.h"
 
 // Weights: rows of codes in blocks of 32 columns, a float16 scale for each block (levels.h);
@@ -53,6 +54,7 @@ struct Kernels {
     void (*experts)(int bits, const Experts &);
     void (*dequantize)(int bits, const Conversion &);
     void (*quantize)(int bits, const Conversion &);
+    const Between *between;
 };
 
 // Null where this processor cannot run them.

@@ -8,12 +8,13 @@
 
 #define NEON_DOT 0
 #include "neon_dots.h"
+#include "between_loops.h"
 #include "loops.h"
 
 const Kernels *neon_dot_kernels();
 
 const Kernels *neon_kernels() {
-    static const Kernels kernels = {"neon", linear, experts, dequantize, quantize};
+    static const Kernels kernels = {"neon", linear, experts, dequantize, quantize, &BETWEEN};
 #if defined(__linux__)
     const bool dot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else

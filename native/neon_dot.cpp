@@ -11,11 +11,12 @@ TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
 #define NEON_DOT 1
 #include "neon_dots.h"
+#include "between_loops.h"
 #include "loops.h"
 TARGET_END
 
 const Kernels *neon_dot_kernels() {
-    static const Kernels kernels = {"neon_dotprod", linear, experts, dequantize, quantize};
+    static const Kernels kernels = {"neon_dotprod", linear, experts, dequantize, quantize, &BETWEEN};
     return &kernels;
 }
 #endif

@@ -50,9 +50,10 @@ void dots(const uint8_t *codes, const half *scales, const uint8_t *const *x, int
 }
 
 }  // namespace
+#include "between_loops.h"
 #include "loops.h"
 
 const Kernels *portable_kernels() {
-    static const Kernels kernels = {"portable", linear, experts, dequantize, quantize};
+    static const Kernels kernels = {"portable", linear, experts, dequantize, quantize, &BETWEEN};
     return &kernels;
 }

@@ -12,19 +12,6 @@
 
 namespace {
 
-struct Float {
-    using stored = float;
-    static float wide(float value) { return value; }
-    static float narrow(float value) { return value; }
-};
-
-struct Bfloat {
-    using stored = uint16_t;
-    static float wide(uint16_t value) { return widened(value); }
-    static uint16_t narrow(float value) { return rounded(value); }
-};
-
-constexpr int64_t LANES = 16;
 constexpr int64_t SHARE = 1 << 14;  // numbers that a thread takes at a time
 
 // task(row) for all rows, several at a time; many of them by several threads.
@@ -38,46 +25,13 @@ void for_rows(int64_t rows, int64_t numbers, Task task) {
     parallel((rows + together - 1) / together, rows * numbers * 2, some);
 }
 
-template <class Kind>
-void norm(const void *x, const void *weight, void *out, int64_t rows, int64_t D, float eps) {
-    using stored = typename Kind::stored;
-    const auto *weights = static_cast<const stored *>(weight);
-    for_rows(rows, D, [&](int64_t row) {
-        const auto *from = static_cast<const stored *>(x) + row * D;
-        auto *to = static_cast<stored *>(out) + row * D;
-        float lanes[LANES] = {};  // as many sums side by side as let the compiler use wide registers
-        int64_t at = 0;
-        for (; at + LANES <= D; at += LANES)
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                const float value = Kind::wide(from[at + lane]);
-                lanes[lane] += value * value;
-            }
-        float sum = 0;
-        for (; at < D; at++) sum += Kind::wide(from[at]) * Kind::wide(from[at]);
-        for (const float lane : lanes) sum += lane;
-        const float scale = 1.0f / std::sqrt(sum / static_cast<float>(D) + eps);
-        for (int64_t d = 0; d < D; d++)  // rounded before the weight, as the reference does
-            to[d] = Kind::narrow(Kind::wide(Kind::narrow(Kind::wide(from[d]) * scale)) *
-                                 Kind::wide(weights[d]));
-    });
-}
-
-template <class Kind>
-void rotate(const void *x, const float *turns, void *out, int64_t rows, int64_t heads, int64_t R,
-            int64_t row_stride, int64_t stride) {
-    using stored = typename Kind::stored;
-    for_rows(rows, heads * R, [&](int64_t row) {
-        for (int64_t head = 0; head < heads; head++) {
-            const auto *from = static_cast<const stored *>(x) + row * row_stride + head * stride;
-            auto *to = static_cast<stored *>(out) + (row * heads + head) * R;
-            const float *turn = turns + row * R;
-            for (int64_t at = 0; at < R; at += 2) {
-                const float a = Kind::wide(from[at]), b = Kind::wide(from[at + 1]);
-                to[at] = Kind::narrow(a * turn[at] - b * turn[at + 1]);
-                to[at + 1] = Kind::narrow(a * turn[at + 1] + b * turn[at]);
-            }
-        }
-    });
+// A segment's rows (src/qiusuo/kernels/expert_rows.py says why).
+int64_t rounded_up(int64_t count) {
+    if (count <= 16) return count;
+    int bits = 0;
+    for (int64_t rest = count; rest; rest >>= 1) bits++;
+    const int64_t grain = int64_t{1} << (bits - 4);
+    return (count + grain - 1) / grain * grain;
 }
 
 // The `count` largest of `values`, the largest first; of equals the first.
@@ -100,16 +54,6 @@ float strength(const float *values, int64_t size, bool two) {
 }
 
 }  // namespace
-
-void rms_norm(const void *x, int kind, const void *weight, void *out, int64_t rows, int64_t D,
-              float eps) {
-    (kind ? norm<Bfloat> : norm<Float>)(x, weight, out, rows, D, eps);
-}
-
-void rotate_pairs(const void *x, int kind, const float *turns, void *out, int64_t rows,
-                  int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
-    (kind ? rotate<Bfloat> : rotate<Float>)(x, turns, out, rows, heads, R, row_stride, stride);
-}
 
 void choose_experts(const float *logits, const float *bias, const Choice &choice, float *scores,
                     int64_t *indices, float *weights, int64_t M) {
@@ -145,4 +89,25 @@ void choose_experts(const float *logits, const float *bias, const Choice &choice
             weights[m * K + k] = score[index[k]] * choice.scaling /
                                  (choice.normalized ? sum + 1e-20f : 1.0f);
     }
+}
+
+bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
+                int64_t *starts) {
+    std::fill_n(starts, E + 1, 0);
+    for (int64_t p = 0; p < P; p++) {
+        if (experts[p] < 0 || experts[p] >= E) return false;
+        starts[experts[p] + 1]++;
+    }
+    std::vector<int64_t> next(E);
+    for (int64_t e = 0; e < E; e++) {
+        const int64_t begin = next[e] = starts[e], count = starts[e + 1];
+        starts[e + 1] = begin + rounded_up(count);
+        std::fill(pair + begin + count, pair + starts[e + 1], -1);
+    }
+    for (int64_t p = 0; p < P; p++) {
+        const int64_t row = next[experts[p]]++;
+        place[p] = row;
+        pair[row] = p;
+    }
+    return true;
 }

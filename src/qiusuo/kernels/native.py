@@ -82,7 +82,7 @@ class Native:
         if bias_O is not None:
             check("the bias", bias_O, (width,), torch.float32)
         out_MO = x_MI.new_empty(rows, width)
-        self._run(
+        self.run(
             "qiusuo_linear", bits, at(x_MI), KINDS[x_MI.dtype], at(codes), at(scales),
             at(bias_O), at(out_MO), rows, 1, width, columns,
         )  # fmt: skip
@@ -94,7 +94,7 @@ class Native:
         bits = _check_weight("the weights", codes, scales, (H, width), columns)
         check("x", x_MHI, (M, H, columns), *KINDS)
         out_MHO = x_MHI.new_empty(M, H, width)
-        self._run(
+        self.run(
             "qiusuo_linear", bits, at(x_MHI), KINDS[x_MHI.dtype], at(codes), at(scales),
             None, at(out_MHO), M, H, width, columns,
         )  # fmt: skip
@@ -123,7 +123,7 @@ class Native:
         elif E != 1 or indices_MK is not weights_MK:
             raise ValueError(f"which of {E} experts, and with which weights? Both are needed")
         out_MD = torch.empty_like(x_MD)
-        self._run(
+        self.run(
             "qiusuo_experts", bits, at(x_MD), KINDS[x_MD.dtype], at(indices_MK),
             at(weights_MK), at(gate_up[0]), at(gate_up[1]), at(down[0]), at(down[1]),
             at(out_MD), M, K, E, D, G // 2,
@@ -135,14 +135,14 @@ class Native:
         the caller keeps one buffer for all matrices)."""
         bits = _check_weight("the weight", codes, scales, (len(codes),), columns)
         check("out", out_OI, (len(codes), columns), torch.bfloat16)
-        self._run("qiusuo_dequantize", bits, at(codes), at(scales), at(out_OI), len(codes), columns)
+        self.run("qiusuo_dequantize", bits, at(codes), at(scales), at(out_OI), len(codes), columns)
 
     def quantize(self, rows_OI: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Choose codes and scales as ``low_bit.quantize`` does. All of it must be finite."""
         rows, columns = rows_OI.shape
         bits = _check_weight("the weight", codes, scales, (rows,), columns)
         check("rows", rows_OI, (rows, columns), *KINDS)
-        self._run(
+        self.run(
             "qiusuo_quantize", bits, at(rows_OI), KINDS[rows_OI.dtype], at(codes), at(scales),
             rows, columns,
         )  # fmt: skip
@@ -176,31 +176,6 @@ class Native:
         )  # fmt: skip
         return out_NHC
 
-    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """``weight_D`` of x's type."""
-        width = x_MD.shape[-1]
-        check("x", x_MD, tuple(x_MD.shape), *KINDS)
-        check("the norm's weight", weight_D, (width,), x_MD.dtype)
-        out_MD = torch.empty_like(x_MD)
-        self.begin()
-        self.library.qiusuo_rms_norm(
-            at(x_MD), KINDS[x_MD.dtype], at(weight_D), at(out_MD),
-            x_MD.numel() // width, width, eps,
-        )  # fmt: skip
-        return out_MD
-
-    def rotate_pairs(self, x_1THR: Tensor, turns_1TP: Tensor) -> Tensor:
-        """x [1, T, H, R] without gaps in its last dimension."""
-        _, T, H, R = x_1THR.shape
-        check("turns", turns_1TP, (1, T, R // 2), torch.complex64)
-        out_1THR = x_1THR.new_empty(1, T, H, R)
-        self.begin()
-        self.library.qiusuo_rotate_pairs(
-            at(x_1THR), KINDS[x_1THR.dtype], at(turns_1TP), at(out_1THR),
-            T, H, R, x_1THR.stride(1), x_1THR.stride(2),
-        )  # fmt: skip
-        return out_1THR
-
     def choose_experts(
         self,
         logits_ME: Tensor,
@@ -231,16 +206,18 @@ class Native:
         # PyTorch sets OpenMP's number of threads for each thread of Python's when first asked.
         torch.get_num_threads()
 
-    def _run(self, name: str, *rest: int | None) -> None:
+    def run(self, name: str, *rest: int | float | None) -> None:
+        """Call a function that begins with the instruction set (``signatures.py``)."""
         self.begin()
         getattr(self.library, name)(self.instruction_set, *rest)
 
 
 def native_for(x: Tensor) -> Native | None:
-    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted."""
+    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted
+    (none is inside of an autograd Function). Not while PyTorch compiles, which sees no such call."""
     if x.device.type != "cpu" or x.dtype not in KINDS or torch.is_grad_enabled():
         return None
-    return native()
+    return None if torch.compiler.is_compiling() else native()
 
 
 @cache
@@ -305,6 +282,7 @@ def _load(file: Path) -> ctypes.CDLL:
         library.qiusuo_use_threads.argtypes = [AT]
         library.qiusuo_use_threads.restype = None
         library.qiusuo_walks_pages.argtypes = [INT, *[SIZE] * 3]
+        library.qiusuo_sort_pairs.argtypes = [AT, *[SIZE] * 2, *[AT] * 3]
         for name, arguments in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None

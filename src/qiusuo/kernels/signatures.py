@@ -11,8 +11,16 @@ SIGNATURES = {
     "qiusuo_dequantize": [INT, INT, *[AT] * 3, *[SIZE] * 2],
     "qiusuo_quantize": [INT, INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
     "qiusuo_latent_attention": [*[AT] * 3, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
-    "qiusuo_rms_norm": [AT, INT, *[AT] * 2, *[SIZE] * 2, FLOAT],
-    "qiusuo_rotate_pairs": [AT, INT, *[AT] * 2, *[SIZE] * 5],
+    "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],
+    "qiusuo_swiglu_backward": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, *[AT] * 5],
+    "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],
+    "qiusuo_sum_choices": [INT, AT, INT, AT, SIZE, AT, *[SIZE] * 2],
+    "qiusuo_rms_norm": [INT, AT, INT, SIZE, AT, INT, AT, INT, AT, *[SIZE] * 2, FLOAT],
+    "qiusuo_rms_norm_backward": [
+        INT, AT, INT, AT, INT, SIZE, AT, INT, *[AT] * 3, *[SIZE] * 2,
+    ],
+    "qiusuo_rotate_pairs": [INT, AT, INT, AT, SIZE, INT, AT, *[SIZE] * 5],
+    "qiusuo_cross_entropy": [INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
     "qiusuo_choose_experts": [
         *[AT] * 2, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
     ],
