@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int64_t LANES = 16;
+constexpr int64_t CHUNK_OF_ROW = 256;  // numbers worked on at a time, in the nearest cache
 constexpr int64_t SHARE = 1 << 14;  // numbers that a thread takes at a time
 
 inline bf16 narrowed(float value, bf16) { return rounded(value); }
@@ -35,6 +36,13 @@ inline float total(const float *lanes) {
     for (int64_t width = LANES / 2; width; width /= 2)
         for (int64_t lane = 0; lane < width; lane++) sums[lane] += sums[lane + width];
     return sums[0];
+}
+
+inline void add_to_lanes(const float *numbers, int64_t count, float *lanes) {
+    int64_t at = 0;
+    for (; at + LANES <= count; at += LANES)
+        for (int64_t lane = 0; lane < LANES; lane++) lanes[lane] += numbers[at + lane];
+    for (int64_t lane = 0; at + lane < count; lane++) lanes[lane] += numbers[at + lane];
 }
 
 // e^x within 2 units of the last place, 0 below -87 (Cephes' polynomial); no call, so that a loop
@@ -77,15 +85,20 @@ template <class T> void swiglu_of(const Swiglu &call, void *out) {
     });
 }
 
-// One number's share of the backward pass; the weight's gradient is what it returns.
+// `count` numbers of a row, of which `pulls` are their shares of the weight's gradient.
 template <class T>
-inline float swiglu_slope(float weight, T gate, T up, T grad, T *grad_gate, T *grad_up, T *out) {
-    const float g = widened(gate), u = widened(up), s = sigmoid(g), silu = g * s;
-    const float toward = widened(grad), act = silu * u, pulled = toward * weight;
-    *grad_up = narrow<T>(pulled * silu);
-    *grad_gate = narrow<T>(pulled * u * (s + silu * (1.0f - s)));
-    *out = narrow<T>(act * weight);
-    return toward * act;
+inline void swiglu_slopes(float weight, const T *__restrict gate, const T *__restrict up,
+                          const T *__restrict toward, T *__restrict grad_gate,
+                          T *__restrict grad_up, T *__restrict out, float *__restrict pulls,
+                          int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const float g = widened(gate[i]), u = widened(up[i]), s = sigmoid(g), silu = g * s;
+        const float grad = widened(toward[i]), pulled = grad * weight, act = silu * u;
+        grad_up[i] = narrow<T>(pulled * silu);
+        grad_gate[i] = narrow<T>(pulled * u * (s + silu * (1.0f - s)));
+        out[i] = narrow<T>(act * weight);
+        pulls[i] = grad * act;
+    }
 }
 
 template <class T>
@@ -93,26 +106,18 @@ void swiglu_backward_of(const Swiglu &call, const void *grad, void *grad_gate, v
                         float *grad_weight, void *out) {
     const int64_t F = call.F;
     for_rows(call.rows, 4 * F, [&](int64_t row) {
-        const T *__restrict gate = row_of<T>(call.gate, row * call.stride);
-        const T *__restrict up = row_of<T>(call.up, row * call.stride);
-        const T *__restrict toward = row_of<T>(grad, row * F);
-        T *__restrict to_gate = row_of<T>(grad_gate, row * call.stride);
-        T *__restrict to_up = row_of<T>(grad_up, row * call.stride);
+        const int64_t begin = row * call.stride;
         const float weight = weight_of(call, row);
-        float lanes[LANES] = {};
-        T unused[LANES];
-        int64_t f = 0;
-        for (; f + LANES <= F; f += LANES) {
-            T *__restrict again = out ? row_of<T>(out, row * F + f) : unused;
-            for (int64_t lane = 0; lane < LANES; lane++)
-                lanes[lane] +=
-                    swiglu_slope(weight, gate[f + lane], up[f + lane], toward[f + lane],
-                                 to_gate + f + lane, to_up + f + lane, again + lane);
+        float lanes[LANES] = {}, pulls[CHUNK_OF_ROW];
+        T unused[CHUNK_OF_ROW];
+        for (int64_t f = 0; f < F; f += CHUNK_OF_ROW) {
+            const int64_t count = F - f < CHUNK_OF_ROW ? F - f : CHUNK_OF_ROW;
+            swiglu_slopes(weight, row_of<T>(call.gate, begin + f), row_of<T>(call.up, begin + f),
+                          row_of<T>(grad, row * F + f), row_of<T>(grad_gate, begin + f),
+                          row_of<T>(grad_up, begin + f), out ? row_of<T>(out, row * F + f) : unused,
+                          pulls, count);
+            if (grad_weight) add_to_lanes(pulls, count, lanes);
         }
-        for (; f < F; f++)
-            lanes[f % LANES] +=
-                swiglu_slope(weight, gate[f], up[f], toward[f], to_gate + f, to_up + f,
-                             out ? row_of<T>(out, row * F + f) : unused);
         if (!grad_weight) return;
         if (!call.pair)
             grad_weight[row] = total(lanes);
@@ -205,14 +210,8 @@ void cross_entropy_of(void *logits, const int64_t *labels, float *nats, int64_t 
             most[0] = most[0] < most[lane] ? most[lane] : most[0];
         const float top = most[0], picked = widened(own[label]);
         float *__restrict powers = reinterpret_cast<float *>(kept_room(W * sizeof(float)));
-        for (int64_t at = 0; at < whole; at += LANES)
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                const float power = exponential(widened(own[at + lane]) - top);
-                powers[at + lane] = power;
-                lanes[lane] += power;
-            }
-        for (int64_t at = whole; at < W; at++)
-            lanes[at % LANES] += powers[at] = exponential(widened(own[at]) - top);
+        for (int64_t at = 0; at < W; at++) powers[at] = exponential(widened(own[at]) - top);
+        add_to_lanes(powers, W, lanes);
         const float sum = total(lanes), share = 1.0f / sum;
         for (int64_t at = 0; at < W; at++) own[at] = narrow<T>(powers[at] * share);
         own[label] = narrow<T>(powers[label] * share - 1.0f);

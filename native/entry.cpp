@@ -153,6 +153,20 @@ void qiusuo_choose_experts(const float *logits, const float *bias, int64_t exper
                    scores, indices, weights, M);
 }
 
+void qiusuo_choose_experts_backward(const float *scores, const int64_t *indices, int64_t experts,
+                                    int64_t per_token, int sigmoid, int normalized, float scaling,
+                                    const float *grad_scores, const float *grad_weights,
+                                    float *grad_logits, int64_t M) {
+    choose_experts_backward(scores, indices,
+                            {experts, 1, 1, per_token, sigmoid != 0, normalized != 0, scaling},
+                            grad_scores, grad_weights, grad_logits, M);
+}
+
+void qiusuo_balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, float *losses,
+                    float *grad) {
+    balance(scores, B, T, E, K, losses, grad);
+}
+
 int qiusuo_sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
                       int64_t *starts) {
     return sort_pairs(experts, P, E, place, pair, starts);

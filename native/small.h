@@ -1,4 +1,4 @@
-// What a decoding step does between its products; see small.cpp.
+// Which experts a token goes to, and how evenly; see small.cpp.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,16 @@ struct Choice {
 // per_token experts with the largest scores + bias among the best groups, and their weights.
 void choose_experts(const float *logits, const float *bias, const Choice &choice, float *scores,
                     int64_t *indices, float *weights, int64_t M);
+
+// The logits' gradient [M, E] from that of scores and of weights; either may be null.
+void choose_experts_backward(const float *scores, const int64_t *indices, const Choice &choice,
+                             const float *grad_scores, const float *grad_weights,
+                             float *grad_logits, int64_t M);
+
+// How evenly scores [B, T, E] use the experts, K of them a token: a loss for each sequence, and the
+// gradient of their mean, or null.
+void balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, float *losses,
+             float *grad);
 
 // Pairs (token, choice) sorted by expert, equal ones as they came: row place[p] is pair p, pair[row]
 // the other way round, -1 in the rows that a segment is rounded up by. Expert e has the rows

@@ -6,6 +6,7 @@ results are added in the order of its choices, in float32: the same bits every t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,8 +67,7 @@ def sort_by_expert_reference(indices_MK: Tensor, experts: int) -> Layout:
 
 
 def _segments(rows: list[int]) -> list[tuple[int, int, int]]:
-    borders = zip(rows, rows[1:], strict=False)
-    return [(e, start, stop) for e, (start, stop) in enumerate(borders) if stop > start]
+    return [(e, start, stop) for e, (start, stop) in enumerate(pairwise(rows)) if stop > start]
 
 
 def _round_up(count: int) -> int:

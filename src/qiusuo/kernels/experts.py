@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from qiusuo.kernels.expert_rows import gather_rows, sort_by_expert, sum_choices
 from qiusuo.kernels.linear import FEW, few_rows, linear, tiles_for
-from qiusuo.kernels.swiglu import WeightedRows, swiglu
+from qiusuo.kernels.swiglu import WeightedRows
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.

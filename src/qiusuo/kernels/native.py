@@ -213,8 +213,8 @@ class Native:
 
 
 def native_for(x: Tensor) -> Native | None:
-    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted
-    (none is inside of an autograd Function). Not while PyTorch compiles, which sees no such call."""
+    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted (as
+    inside of an autograd Function). Not while PyTorch compiles: it could not see the call."""
     if x.device.type != "cpu" or x.dtype not in KINDS or torch.is_grad_enabled():
         return None
     return None if torch.compiler.is_compiling() else native()

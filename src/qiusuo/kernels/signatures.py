@@ -24,4 +24,8 @@ SIGNATURES = {
     "qiusuo_choose_experts": [
         *[AT] * 2, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
     ],
+    "qiusuo_choose_experts_backward": [
+        *[AT] * 2, *[SIZE] * 2, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
+    ],
+    "qiusuo_balance": [AT, *[SIZE] * 4, *[AT] * 2],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""SwiGLU between its products: silu(gate) · up (arXiv:2002.05202), forward and backward in one pass.
+"""SwiGLU between its products: silu(gate) · up (arXiv:2002.05202), one pass forward and backward.
 
 Natively all of it is float32 inside and rounded once; written out in PyTorch's operations it is two
 passes forward and five backward. The experts' rows carry a weight each, which is part of it.
