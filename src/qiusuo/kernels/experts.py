@@ -113,12 +113,12 @@ class _GroupedExperts(torch.autograd.Function):
         x_RD = gather_rows(x_MD, layout.pair_R, indices_MK.shape[1], gate_up_EGD.dtype)
         h_RG = x_RD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
         learning = any(ctx.needs_input_grad)
-        for expert, start, stop in layout.segments:
-            _product(x_RD[start:stop], gate_up_EGD[expert], h_RG[start:stop], learning)
-        weighted_RF = WeightedRows(h_RG, weights_P, layout.pair_R).weighted()
         y_RD = torch.empty_like(x_RD)
         for expert, start, stop in layout.segments:
-            _product(weighted_RF[start:stop], down_EDF[expert], y_RD[start:stop], learning)
+            own_RG = h_RG[start:stop]
+            _product(x_RD[start:stop], gate_up_EGD[expert], own_RG, learning)
+            weighted_RF = WeightedRows(own_RG, weights_P, layout.pair_R[start:stop]).weighted()
+            _product(weighted_RF, down_EDF[expert], y_RD[start:stop], learning)
         if learning:
             kept = (x_RD, h_RG, weights_P, layout.place_P, layout.pair_R, gate_up_EGD, down_EDF)
             ctx.save_for_backward(*kept)
@@ -132,17 +132,15 @@ class _GroupedExperts(torch.autograd.Function):
         weights_MK = ctx.weights_like
         choices = weights_MK.shape[1]
         grad_RD = gather_rows(grads[0], pair_R, choices, x_RD.dtype)
-        grad_RF = h_RG.new_empty(len(h_RG), h_RG.shape[1] // 2)
-        for expert, start, stop in ctx.segments:
-            torch.mm(grad_RD[start:stop], down_EDF[expert], out=grad_RF[start:stop])
-        rows = WeightedRows(h_RG, weights_P, pair_R)
-        grad_h_RG, grad_weights_P, weighted_RF = rows.backward(grad_RF)
-        grad_x_RD = torch.empty_like(x_RD)
+        grad_x_RD, grad_weights_P = torch.empty_like(x_RD), torch.empty_like(weights_P)
         grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-        for expert, start, stop in ctx.segments:
-            torch.mm(grad_RD[start:stop].t(), weighted_RF[start:stop], out=grad_down_EDF[expert])
-            torch.mm(grad_h_RG[start:stop], gate_up_EGD[expert], out=grad_x_RD[start:stop])
-            torch.mm(grad_h_RG[start:stop].t(), x_RD[start:stop], out=grad_gate_up_EGD[expert])
+        for expert, start, stop in ctx.segments:  # one at a time, while its rows are in the cache
+            toward_RD = grad_RD[start:stop]
+            rows = WeightedRows(h_RG[start:stop], weights_P, pair_R[start:stop])
+            grad_h_RG, weighted_RF = rows.backward(toward_RD @ down_EDF[expert], grad_weights_P)
+            torch.mm(toward_RD.t(), weighted_RF, out=grad_down_EDF[expert])
+            torch.mm(grad_h_RG, gate_up_EGD[expert], out=grad_x_RD[start:stop])
+            torch.mm(grad_h_RG.t(), x_RD[start:stop], out=grad_gate_up_EGD[expert])
         busy = {expert for expert, *_ in ctx.segments}
         for idle in set(range(len(down_EDF))) - busy:
             grad_gate_up_EGD[idle].zero_()

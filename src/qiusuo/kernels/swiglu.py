@@ -85,21 +85,21 @@ class WeightedRows(NamedTuple):
         library.run("qiusuo_swiglu", *self._told(), at(out_RF))
         return out_RF
 
-    def backward(self, grad_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the gradient of ``weighted``: of h, of the weights, and ``weighted`` once more.
-        Every pair must have a row."""
+    def backward(self, grad_RF: Tensor, grad_weights_P: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradient of ``weighted``: that of h, and ``weighted`` once more. These rows'
+        entries of the weights' gradient are written to ``grad_weights_P``."""
         library = native_for(self.h_RG)
         if library is None:
-            return self._plain_backward(grad_RF)
+            return self._plain_backward(grad_RF, grad_weights_P)
         h_RG, weighted_RF = self.h_RG, torch.empty_like(grad_RF)
-        grad_h_RG, grad_weights_P = torch.empty_like(h_RG), torch.empty_like(self.weights_P)
+        grad_h_RG = torch.empty_like(h_RG)
         middle = grad_RF.shape[1] * h_RG.itemsize
         grad_gate = grad_h_RG.data_ptr()
         library.run(
             "qiusuo_swiglu_backward", *self._told(), at(grad_RF), grad_gate, grad_gate + middle,
             at(grad_weights_P), at(weighted_RF),
         )  # fmt: skip
-        return grad_h_RG, grad_weights_P, weighted_RF
+        return grad_h_RG, weighted_RF
 
     def _told(self) -> tuple[int | None, ...]:
         (rows, both), gate = self.h_RG.shape, self.h_RG.data_ptr()
@@ -111,14 +111,13 @@ class WeightedRows(NamedTuple):
         weight_R = self.weights_P[self.pair_R.clamp_min(0)].masked_fill_(self.pair_R < 0, 0)
         return weight_R[:, None].to(self.h_RG.dtype)
 
-    def _plain_backward(self, grad_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _plain_backward(self, grad_RF: Tensor, grad_weights_P: Tensor) -> tuple[Tensor, Tensor]:
         act_RF, weight_R1 = _act(self.h_RG), self._weight_R1()
         grad_weight_R = (grad_RF * act_RF).sum(-1, dtype=torch.float32)
-        grad_weights_P = torch.empty_like(self.weights_P)
         kept_R = self.pair_R >= 0
         grad_weights_P[self.pair_R[kept_R]] = grad_weight_R[kept_R].to(grad_weights_P.dtype)
         grad_h_RG = _silu_backward(grad_RF * weight_R1, self.h_RG)
-        return grad_h_RG, grad_weights_P, act_RF * weight_R1
+        return grad_h_RG, act_RF * weight_R1
 
 
 def _act(h_RG: Tensor) -> Tensor:
