@@ -1,6 +1,5 @@
-// What a training step does between its matrix products, one pass over the rows each; the same loops
-// for every instruction set (between_loops.h), so all give the same bits. A row's result depends
-// neither on the others nor on the threads.
+// What a step does between its matrix products, one pass over the rows each; the same loops for every
+// instruction set (between_loops.h). A result depends neither on other rows nor on the threads.
 //
 // Rows are float32 (kind 0) or bfloat16 (kind 1); what is between them is float32.
 #pragma once

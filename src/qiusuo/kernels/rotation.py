@@ -51,7 +51,8 @@ class _Rotation(torch.autograd.Function):
 
 def _shapes(x_BTHR: Tensor) -> tuple[tuple[int, int], ...]:
     """Of turns that go with x: for every row, or one for all."""
-    return tuple(x_BTHR.shape[:2]), (1, x_BTHR.shape[1])
+    rows, tokens = x_BTHR.shape[:2]
+    return (rows, tokens), (1, tokens)
 
 
 def _turned(library: Native, x_BTHR: Tensor, turns_BTP: Tensor, back: bool) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qiusuo.kernels.native import KINDS, at, native_for
+from qiusuo.kernels.native import KINDS, Native, at, native_for
 
 # R rows, F width, G = 2F, P pairs of (token, expert).
 
@@ -25,19 +25,20 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As ``swiglu_reference``, for gate and up of one shape and type."""
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        with torch.no_grad():
-            if native_for(gate) is None:
-                return swiglu_reference(gate, up)
-        out: Tensor = _Swiglu.apply(gate, up)
-        return out
     with torch.no_grad():
         library = native_for(gate)
-        if library is None:
-            return swiglu_reference(gate, up)
-        gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        library.run("qiusuo_swiglu", *_told(gate, up), at(out))
+    if library is None:
+        return swiglu_reference(gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        out: Tensor = _Swiglu.apply(gate, up)
+        return out
+    return _forward(library, gate, up)
+
+
+def _forward(library: Native, gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    library.run("qiusuo_swiglu", *_told(gate, up), at(out))
     return out
 
 
@@ -45,7 +46,9 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return swiglu(gate, up)
+        library = native_for(gate)
+        assert library is not None
+        return _forward(library, gate, up)
 
     @staticmethod
     @once_differentiable
