@@ -144,11 +144,11 @@ void qiusuo_cross_entropy(int isa, void *logits, int kind, const int64_t *labels
     between_of(isa)->cross_entropy(logits, kind, labels, nats, rows, W);
 }
 
-void qiusuo_choose_experts(const float *logits, const float *bias, int64_t experts, int64_t groups,
-                           int64_t kept_groups, int64_t per_token, int sigmoid, int normalized,
-                           float scaling, float *scores, int64_t *indices, float *weights,
-                           int64_t M) {
-    choose_experts(logits, bias,
+void qiusuo_choose_experts(const float *logits, const float *bias, const int64_t *replayed,
+                           int64_t experts, int64_t groups, int64_t kept_groups, int64_t per_token,
+                           int sigmoid, int normalized, float scaling, float *scores,
+                           int64_t *indices, float *weights, int64_t M) {
+    choose_experts(logits, bias, replayed,
                    {experts, groups, kept_groups, per_token, sigmoid != 0, normalized != 0, scaling},
                    scores, indices, weights, M);
 }

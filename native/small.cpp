@@ -56,8 +56,8 @@ struct Room {
     std::vector<int64_t> kept;
 };
 
-void choose(const float *logits, const float *bias, const Choice &choice, Room &room, float *scores,
-            int64_t *indices, float *weights) {
+void choose(const float *logits, const float *bias, const int64_t *replayed, const Choice &choice,
+            Room &room, float *scores, int64_t *indices, float *weights) {
     const int64_t E = choice.experts, K = choice.per_token, size = E / choice.groups;
     const float most = *std::max_element(logits, logits + E);
     float total = 0;
@@ -78,6 +78,7 @@ void choose(const float *logits, const float *bias, const Choice &choice, Room &
                 std::fill_n(&room.biased[g * size], size, -INFINITY);
     }
     largest(room.biased.data(), E, K, indices);
+    if (replayed && replayed[0] >= 0) std::copy_n(replayed, K, indices);
     float sum = 0;
     for (int64_t k = 0; k < K; k++) sum += scores[indices[k]];
     for (int64_t k = 0; k < K; k++)
@@ -86,14 +87,15 @@ void choose(const float *logits, const float *bias, const Choice &choice, Room &
 
 }  // namespace
 
-void choose_experts(const float *logits, const float *bias, const Choice &choice, float *scores,
-                    int64_t *indices, float *weights, int64_t M) {
+void choose_experts(const float *logits, const float *bias, const int64_t *replayed,
+                    const Choice &choice, float *scores, int64_t *indices, float *weights,
+                    int64_t M) {
     const int64_t E = choice.experts, K = choice.per_token;
     for_tokens(M, E, [&](int64_t begin, int64_t end) {
         Room room(choice);
         for (int64_t m = begin; m < end; m++)
-            choose(logits + m * E, bias, choice, room, scores + m * E, indices + m * K,
-                   weights + m * K);
+            choose(logits + m * E, bias, replayed ? replayed + m * K : nullptr, choice, room,
+                   scores + m * E, indices + m * K, weights + m * K);
     });
 }
 

@@ -10,8 +10,10 @@ struct Choice {
 
 // DeepSeek's router after its product: scores [M, E] of logits [M, E] (sigmoid or softmax), the
 // per_token experts with the largest scores + bias among the best groups, and their weights.
-void choose_experts(const float *logits, const float *bias, const Choice &choice, float *scores,
-                    int64_t *indices, float *weights, int64_t M);
+// Where a row of `replayed` [M, K] (or null) does not begin with -1, its experts instead.
+void choose_experts(const float *logits, const float *bias, const int64_t *replayed,
+                    const Choice &choice, float *scores, int64_t *indices, float *weights,
+                    int64_t M);
 
 // The logits' gradient [M, E] from that of scores and of weights; either may be null.
 void choose_experts_backward(const float *scores, const int64_t *indices, const Choice &choice,

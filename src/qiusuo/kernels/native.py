@@ -180,6 +180,7 @@ class Native:
         self,
         logits_ME: Tensor,
         bias_E: Tensor | None,
+        replayed_MK: Tensor | None,
         groups: int,
         kept_groups: int,
         per_token: int,
@@ -187,16 +188,19 @@ class Native:
         normalized: bool,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, indices and weights; see ``kernels/routing.py``. On the calling thread."""
+        """Scores, indices and weights; see ``kernels/routing.py``."""
         M, E = logits_ME.shape
         check("logits", logits_ME, (M, E), torch.float32)
         if bias_E is not None:
             check("the experts' bias", bias_E, (E,), torch.float32)
+        if replayed_MK is not None:
+            check("experts to replay", replayed_MK, (M, per_token), torch.int64)
         scores_ME = torch.empty_like(logits_ME)
         indices_MK = logits_ME.new_empty(M, per_token, dtype=torch.int64)
         weights_MK = logits_ME.new_empty(M, per_token)
+        self.begin()
         self.library.qiusuo_choose_experts(
-            at(logits_ME), at(bias_E), E, groups, kept_groups, per_token, sigmoid,
+            at(logits_ME), at(bias_E), at(replayed_MK), E, groups, kept_groups, per_token, sigmoid,
             normalized, scaling, at(scores_ME), at(indices_MK),
             at(weights_MK), M,
         )  # fmt: skip

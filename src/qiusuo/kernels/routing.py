@@ -57,24 +57,32 @@ def choose_experts(
 ) -> Routing:
     """As ``choose_experts_reference``; of equal scores another one may be chosen."""
     with torch.no_grad():
-        library = None if replayed_MK is not None else native_for(logits_ME)
+        library = native_for(logits_ME)
     if library is None:
         return choose_experts_reference(logits_ME, bias_E, choice, replayed_MK)
     logits_ME = logits_ME.float().contiguous()
     bias_E = None if bias_E is None else bias_E.float()
+    if replayed_MK is not None:
+        replayed_MK = replayed_MK.long().contiguous()
     if torch.is_grad_enabled() and logits_ME.requires_grad:
-        return Routing(*_Chosen.apply(logits_ME, bias_E, choice))
-    return Routing(*library.choose_experts(logits_ME, bias_E, *choice))
+        return Routing(*_Chosen.apply(logits_ME, bias_E, replayed_MK, choice))
+    return Routing(*library.choose_experts(logits_ME, bias_E, replayed_MK, *choice))
 
 
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_ME: Tensor, bias_E: Tensor | None, choice: Choice
+        ctx: Any,
+        logits_ME: Tensor,
+        bias_E: Tensor | None,
+        replayed_MK: Tensor | None,
+        choice: Choice,
     ) -> tuple[Tensor, Tensor, Tensor]:
         library = native_for(logits_ME)
         assert library is not None
-        scores_ME, indices_MK, weights_MK = library.choose_experts(logits_ME, bias_E, *choice)
+        scores_ME, indices_MK, weights_MK = library.choose_experts(
+            logits_ME, bias_E, replayed_MK, *choice
+        )
         ctx.save_for_backward(scores_ME, indices_MK)
         ctx.library, ctx.choice = library, choice
         ctx.mark_non_differentiable(indices_MK)
@@ -94,7 +102,7 @@ class _Chosen(torch.autograd.Function):
             choice.normalized, choice.scaling, at(of_scores_ME), at(of_weights_MK), at(grad_ME),
             len(grad_ME),
         )  # fmt: skip
-        return grad_ME, None, None
+        return grad_ME, None, None, None
 
 
 def _best(scores_ME: Tensor, bias_E: Tensor | None, choice: Choice) -> Tensor:

@@ -22,7 +22,7 @@ SIGNATURES = {
     "qiusuo_rotate_pairs": [INT, AT, INT, AT, SIZE, INT, AT, *[SIZE] * 5],
     "qiusuo_cross_entropy": [INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
     "qiusuo_choose_experts": [
-        *[AT] * 2, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
+        *[AT] * 3, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
     ],
     "qiusuo_choose_experts_backward": [
         *[AT] * 2, *[SIZE] * 2, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
