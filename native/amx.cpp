@@ -33,7 +33,7 @@ const Kernels *amx_kernels() {
     if (!avx512_kernels() || !amx_matmul_takes()) return nullptr;
     const Kernels &few = *avx512_kernels();
     static const Kernels kernels = {"amx_bf16", linear, experts, few.dequantize, few.quantize,
-                                    few.keep_rows, few.unpack_rows};
+                                    few.keep_rows, few.unpack_rows, few.between};
     return &kernels;
 }
 #else

@@ -131,12 +131,13 @@ inline void dots(const uint8_t *codes, const half *scales, const uint8_t *const 
 }
 
 }  // namespace
+#include "between_loops.h"
 #include "loops.h"
 TARGET_END
 
 const Kernels *avx2_kernels() {
     static const Kernels kernels = {"avx2", linear, experts, dequantize, quantize, keep_rows,
-                                    unpack_rows};
+                                    unpack_rows, &BETWEEN};
     const bool usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
     return usable ? &kernels : nullptr;

@@ -11,12 +11,13 @@ TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,
 #include <immintrin.h>
 
 #include "avx512_dots.h"
+#include "between_loops.h"
 #include "loops.h"
 TARGET_END
 
 const Kernels *avx512_kernels() {
     static const Kernels kernels = {"avx512_vnni", linear, experts, dequantize, quantize, keep_rows,
-                                    unpack_rows};
+                                    unpack_rows, &BETWEEN};
     const bool usable =
         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -6,9 +6,6 @@
 
 namespace {
 
-inline bf16 narrowed(float value, bf16) { return rounded(value); }
-inline float narrowed(float value, float) { return value; }
-
 // A block's scale; NaN where a number is not finite, and its codes are then 0.
 inline bf16 rounded_block(const float *numbers, int8_t *codes) {
     int32_t most = 0;  // as bits, which lie in the order of sizes: infinity and NaN above all

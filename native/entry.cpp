@@ -27,6 +27,8 @@ const Kernels *kernels_of(int isa) {
     return isa >= 0 && isa < 6 ? known[isa] : nullptr;
 }
 
+const Between *between_of(int isa) { return kernels_of(isa)->between; }
+
 }  // namespace
 
 extern "C" {
@@ -126,23 +128,82 @@ void qiusuo_attend_backward(const View *q, const View *k, const View *v, const V
                         *grad_q, *grad_k, *grad_v);
 }
 
-// What stands between the products; small.h.
-void qiusuo_rms_norm(const void *x, int kind, const void *weight, void *out, int64_t rows,
+// What stands between the products; between.h.
+void qiusuo_swiglu(int isa, int kind, const void *gate, const void *up, int64_t stride,
+                   const float *weight, const int64_t *pair, int64_t rows, int64_t F, void *out) {
+    between_of(isa)->swiglu({kind, gate, up, stride, weight, pair, rows, F}, out);
+}
+
+void qiusuo_swiglu_backward(int isa, int kind, const void *gate, const void *up, int64_t stride,
+                            const float *weight, const int64_t *pair, int64_t rows, int64_t F,
+                            const void *grad, void *grad_gate, void *grad_up, float *grad_weight,
+                            void *out) {
+    between_of(isa)->swiglu_backward({kind, gate, up, stride, weight, pair, rows, F}, grad,
+                                     grad_gate, grad_up, grad_weight, out);
+}
+
+void qiusuo_gather(int isa, const void *x, int x_kind, const int64_t *pair, int64_t K, void *out,
+                   int out_kind, int64_t rows, int64_t D) {
+    between_of(isa)->gather(x, x_kind, pair, K, out, out_kind, rows, D);
+}
+
+void qiusuo_sum_choices(int isa, const void *y, int kind, const int64_t *place, int64_t K,
+                        void *out, int64_t M, int64_t D) {
+    between_of(isa)->sum_choices(y, kind, place, K, out, M, D);
+}
+
+void qiusuo_rms_norm(int isa, const void *x, int x_kind, int64_t stride, const void *weight,
+                     int weight_kind, void *out, int out_kind, float *scale, int64_t rows,
                      int64_t D, float eps) {
-    rms_norm(x, kind, weight, out, rows, D, eps);
+    between_of(isa)->rms_norm(x, x_kind, stride, weight, weight_kind, out, out_kind, scale, rows, D,
+                              eps);
 }
 
-void qiusuo_rotate_pairs(const void *x, int kind, const void *turns, void *out, int64_t rows,
-                         int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
-    rotate_pairs(x, kind, static_cast<const float *>(turns), out, rows, heads, R, row_stride, stride);
+void qiusuo_rms_norm_backward(int isa, const void *grad, int grad_kind, const void *x, int x_kind,
+                              int64_t stride, const void *weight, int weight_kind,
+                              const float *scale, void *grad_x, float *grad_weight, int64_t rows,
+                              int64_t D) {
+    between_of(isa)->rms_norm_backward(grad, grad_kind, x, x_kind, stride, weight, weight_kind,
+                                       scale, grad_x, grad_weight, rows, D);
 }
 
-void qiusuo_choose_experts(const float *logits, const float *bias, int64_t experts, int64_t groups,
-                           int64_t kept_groups, int64_t per_token, int sigmoid, int normalized,
-                           float scaling, float *scores, int64_t *indices, float *weights,
-                           int64_t M) {
-    choose_experts(logits, bias,
+void qiusuo_rotate_pairs(int isa, const void *x, int kind, const void *turns, int64_t turned,
+                         int back, void *out, int64_t rows, int64_t heads, int64_t R,
+                         int64_t row_stride, int64_t stride) {
+    between_of(isa)->rotate(x, kind, static_cast<const float *>(turns), turned, back != 0, out, rows,
+                            heads, R, row_stride, stride);
+}
+
+void qiusuo_cross_entropy(int isa, void *logits, int kind, const int64_t *labels, float *nats,
+                          int64_t rows, int64_t W) {
+    between_of(isa)->cross_entropy(logits, kind, labels, nats, rows, W);
+}
+
+void qiusuo_choose_experts(const float *logits, const float *bias, const int64_t *replayed,
+                           int64_t experts, int64_t groups, int64_t kept_groups, int64_t per_token,
+                           int sigmoid, int normalized, float scaling, float *scores,
+                           int64_t *indices, float *weights, int64_t M) {
+    choose_experts(logits, bias, replayed,
                    {experts, groups, kept_groups, per_token, sigmoid != 0, normalized != 0, scaling},
                    scores, indices, weights, M);
+}
+
+void qiusuo_choose_experts_backward(const float *scores, const int64_t *indices, int64_t experts,
+                                    int64_t per_token, int sigmoid, int normalized, float scaling,
+                                    const float *grad_scores, const float *grad_weights,
+                                    float *grad_logits, int64_t M) {
+    choose_experts_backward(scores, indices,
+                            {experts, 1, 1, per_token, sigmoid != 0, normalized != 0, scaling},
+                            grad_scores, grad_weights, grad_logits, M);
+}
+
+void qiusuo_balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, float *losses,
+                    float *grad) {
+    balance(scores, B, T, E, K, losses, grad);
+}
+
+int qiusuo_sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
+                      int64_t *starts) {
+    return sort_pairs(experts, P, E, place, pair, starts);
 }
 }

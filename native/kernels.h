@@ -8,6 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "between.h"
 #include "levels.h"
 
 // Weights: rows of codes in blocks of 32 columns, a float16 scale for each block (levels.h);
@@ -64,6 +65,7 @@ struct Kernels {
     void (*quantize)(int bits, const Conversion &);
     void (*keep_rows)(const CachedRows &);
     void (*unpack_rows)(const CachedRows &);
+    const Between *between;
 };
 
 // Null where this processor cannot run them.

@@ -8,13 +8,14 @@
 
 #define NEON_DOT 0
 #include "neon_dots.h"
+#include "between_loops.h"
 #include "loops.h"
 
 const Kernels *neon_dot_kernels();
 
 const Kernels *neon_kernels() {
     static const Kernels kernels = {"neon", linear, experts, dequantize, quantize, keep_rows,
-                                    unpack_rows};
+                                    unpack_rows, &BETWEEN};
 #if defined(__linux__)
     const bool dot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else

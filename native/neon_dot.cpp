@@ -11,12 +11,13 @@ TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
 #define NEON_DOT 1
 #include "neon_dots.h"
+#include "between_loops.h"
 #include "loops.h"
 TARGET_END
 
 const Kernels *neon_dot_kernels() {
     static const Kernels kernels = {"neon_dotprod", linear, experts, dequantize, quantize, keep_rows,
-                                    unpack_rows};
+                                    unpack_rows, &BETWEEN};
     return &kernels;
 }
 #endif

@@ -29,6 +29,9 @@ inline bf16 rounded(float value) {
     return static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : up);
 }
 
+inline bf16 narrowed(float value, bf16) { return rounded(value); }
+inline float narrowed(float value, float) { return value; }
+
 inline float from_half(half value) {
     const uint32_t magnitude = static_cast<uint32_t>(value & 0x7fff) << 13;
     const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;

@@ -50,10 +50,11 @@ void dots(const uint8_t *codes, const half *scales, const uint8_t *const *x, int
 }
 
 }  // namespace
+#include "between_loops.h"
 #include "loops.h"
 
 const Kernels *portable_kernels() {
     static const Kernels kernels = {"portable", linear, experts, dequantize, quantize, keep_rows,
-                                    unpack_rows};
+                                    unpack_rows, &BETWEEN};
     return &kernels;
 }

@@ -1,83 +1,32 @@
-// What a step does between its products, in one call each. Their arithmetic is nothing; as a dozen of
-// PyTorch's operations each they would take longer than the products of a small model. A row's result
-// does not depend on the others.
+// What routing does with a few numbers of each token, in one call each: as a dozen of PyTorch's
+// operations they would take longer than the products of a small model. A token's result does not
+// depend on the others.
 #include "small.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "numbers.h"
 #include "threads.h"
 
 namespace {
 
-struct Float {
-    using stored = float;
-    static float wide(float value) { return value; }
-    static float narrow(float value) { return value; }
-};
+constexpr int64_t TOGETHER = 64;  // tokens that a thread takes at a time
 
-struct Bfloat {
-    using stored = uint16_t;
-    static float wide(uint16_t value) { return widened(value); }
-    static uint16_t narrow(float value) { return rounded(value); }
-};
-
-constexpr int64_t LANES = 16;
-constexpr int64_t SHARE = 1 << 14;  // numbers that a thread takes at a time
-
-// task(row) for all rows, several at a time; many of them by several threads.
-template <class Task>
-void for_rows(int64_t rows, int64_t numbers, Task task) {
-    const int64_t together = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, numbers));
-    auto some = [&](int64_t share) {
-        const int64_t last = std::min(rows, (share + 1) * together);
-        for (int64_t row = share * together; row < last; row++) task(row);
-    };
-    parallel((rows + together - 1) / together, rows * numbers * 2, some);
-}
-
-template <class Kind>
-void norm(const void *x, const void *weight, void *out, int64_t rows, int64_t D, float eps) {
-    using stored = typename Kind::stored;
-    const auto *weights = static_cast<const stored *>(weight);
-    for_rows(rows, D, [&](int64_t row) {
-        const auto *from = static_cast<const stored *>(x) + row * D;
-        auto *to = static_cast<stored *>(out) + row * D;
-        float lanes[LANES] = {};  // as many sums side by side as let the compiler use wide registers
-        int64_t at = 0;
-        for (; at + LANES <= D; at += LANES)
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                const float value = Kind::wide(from[at + lane]);
-                lanes[lane] += value * value;
-            }
-        float sum = 0;
-        for (; at < D; at++) sum += Kind::wide(from[at]) * Kind::wide(from[at]);
-        for (const float lane : lanes) sum += lane;
-        const float scale = 1.0f / std::sqrt(sum / static_cast<float>(D) + eps);
-        for (int64_t d = 0; d < D; d++)  // rounded before the weight, as the reference does
-            to[d] = Kind::narrow(Kind::wide(Kind::narrow(Kind::wide(from[d]) * scale)) *
-                                 Kind::wide(weights[d]));
+// task(begin, end) for M tokens of E numbers; many of them by several threads.
+template <class Task> void for_tokens(int64_t M, int64_t E, Task task) {
+    parallel((M + TOGETHER - 1) / TOGETHER, M * E * 16, [&](int64_t share) {
+        task(share * TOGETHER, std::min(M, (share + 1) * TOGETHER));
     });
 }
 
-template <class Kind>
-void rotate(const void *x, const float *turns, void *out, int64_t rows, int64_t heads, int64_t R,
-            int64_t row_stride, int64_t stride) {
-    using stored = typename Kind::stored;
-    for_rows(rows, heads * R, [&](int64_t row) {
-        for (int64_t head = 0; head < heads; head++) {
-            const auto *from = static_cast<const stored *>(x) + row * row_stride + head * stride;
-            auto *to = static_cast<stored *>(out) + (row * heads + head) * R;
-            const float *turn = turns + row * R;
-            for (int64_t at = 0; at < R; at += 2) {
-                const float a = Kind::wide(from[at]), b = Kind::wide(from[at + 1]);
-                to[at] = Kind::narrow(a * turn[at] - b * turn[at + 1]);
-                to[at + 1] = Kind::narrow(a * turn[at + 1] + b * turn[at]);
-            }
-        }
-    });
+// A segment's rows (src/qiusuo/kernels/expert_rows.py says why).
+int64_t rounded_up(int64_t count) {
+    if (count <= 16) return count;
+    int bits = 0;
+    for (int64_t rest = count; rest; rest >>= 1) bits++;
+    const int64_t grain = int64_t{1} << (bits - 4);
+    return (count + grain - 1) / grain * grain;
 }
 
 // The `count` largest of `values`, the largest first; of equals the first.
@@ -99,50 +48,138 @@ float strength(const float *values, int64_t size, bool two) {
     return two && size > 1 ? values[best[0]] + values[best[1]] : values[best[0]];
 }
 
+// Room that a token's choice takes.
+struct Room {
+    explicit Room(const Choice &choice)
+        : biased(choice.experts), strengths(choice.groups), kept(choice.kept_groups) {}
+    std::vector<float> biased, strengths;
+    std::vector<int64_t> kept;
+};
+
+void choose(const float *logits, const float *bias, const int64_t *replayed, const Choice &choice,
+            Room &room, float *scores, int64_t *indices, float *weights) {
+    const int64_t E = choice.experts, K = choice.per_token, size = E / choice.groups;
+    const float most = *std::max_element(logits, logits + E);
+    float total = 0;
+    for (int64_t e = 0; e < E; e++) {
+        scores[e] = choice.sigmoid ? 1.0f / (1.0f + std::exp(-logits[e])) : std::exp(logits[e] - most);
+        total += scores[e];
+    }
+    for (int64_t e = 0; e < E; e++) {
+        if (!choice.sigmoid) scores[e] /= total;
+        room.biased[e] = scores[e] + (bias ? bias[e] : 0.0f);
+    }
+    if (choice.kept_groups < choice.groups) {
+        for (int64_t g = 0; g < choice.groups; g++)
+            room.strengths[g] = strength(&room.biased[g * size], size, choice.sigmoid);
+        largest(room.strengths.data(), choice.groups, choice.kept_groups, room.kept.data());
+        for (int64_t g = 0; g < choice.groups; g++)
+            if (std::find(room.kept.begin(), room.kept.end(), g) == room.kept.end())
+                std::fill_n(&room.biased[g * size], size, -INFINITY);
+    }
+    largest(room.biased.data(), E, K, indices);
+    if (replayed && replayed[0] >= 0) std::copy_n(replayed, K, indices);
+    float sum = 0;
+    for (int64_t k = 0; k < K; k++) sum += scores[indices[k]];
+    for (int64_t k = 0; k < K; k++)
+        weights[k] = scores[indices[k]] * choice.scaling / (choice.normalized ? sum + 1e-20f : 1.0f);
+}
+
 }  // namespace
 
-void rms_norm(const void *x, int kind, const void *weight, void *out, int64_t rows, int64_t D,
-              float eps) {
-    (kind ? norm<Bfloat> : norm<Float>)(x, weight, out, rows, D, eps);
+void choose_experts(const float *logits, const float *bias, const int64_t *replayed,
+                    const Choice &choice, float *scores, int64_t *indices, float *weights,
+                    int64_t M) {
+    const int64_t E = choice.experts, K = choice.per_token;
+    for_tokens(M, E, [&](int64_t begin, int64_t end) {
+        Room room(choice);
+        for (int64_t m = begin; m < end; m++)
+            choose(logits + m * E, bias, replayed ? replayed + m * K : nullptr, choice, room,
+                   scores + m * E, indices + m * K, weights + m * K);
+    });
 }
 
-void rotate_pairs(const void *x, int kind, const float *turns, void *out, int64_t rows,
-                  int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
-    (kind ? rotate<Bfloat> : rotate<Float>)(x, turns, out, rows, heads, R, row_stride, stride);
+void choose_experts_backward(const float *scores, const int64_t *indices, const Choice &choice,
+                             const float *grad_scores, const float *grad_weights,
+                             float *grad_logits, int64_t M) {
+    const int64_t E = choice.experts, K = choice.per_token;
+    for_tokens(M, E, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++) {
+            const float *score = scores + m * E;
+            const int64_t *index = indices + m * K;
+            float *grad = grad_logits + m * E;
+            for (int64_t e = 0; e < E; e++) grad[e] = grad_scores ? grad_scores[m * E + e] : 0.0f;
+            if (grad_weights) {
+                const float *pull = grad_weights + m * K;
+                float sum = 1e-20f, along = 0;
+                for (int64_t k = 0; k < K; k++) {
+                    sum += score[index[k]];
+                    along += pull[k] * score[index[k]];
+                }
+                for (int64_t k = 0; k < K; k++)
+                    grad[index[k]] += choice.scaling * (choice.normalized
+                                                            ? (pull[k] - along / sum) / sum
+                                                            : pull[k]);
+            }
+            float along = 0;  // how far the sum of softmax's scores would move
+            if (!choice.sigmoid)
+                for (int64_t e = 0; e < E; e++) along += grad[e] * score[e];
+            for (int64_t e = 0; e < E; e++)
+                grad[e] = choice.sigmoid ? grad[e] * score[e] * (1.0f - score[e])
+                                         : (grad[e] - along) * score[e];
+        }
+    });
 }
 
-void choose_experts(const float *logits, const float *bias, const Choice &choice, float *scores,
-                    int64_t *indices, float *weights, int64_t M) {
-    const int64_t E = choice.experts, K = choice.per_token, size = E / choice.groups;
-    std::vector<float> biased(E), strengths(choice.groups);
-    std::vector<int64_t> kept(choice.kept_groups);
-    for (int64_t m = 0; m < M; m++) {
-        const float *logit = logits + m * E;
-        float *score = scores + m * E;
-        const float most = *std::max_element(logit, logit + E);
-        float total = 0;
+void balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, float *losses,
+             float *grad) {
+    parallel(B, B * T * E * 8, [&](int64_t b) {
+        std::vector<float> counts(E), shares(E);
+        std::vector<int64_t> best(K);
+        std::vector<float> sums(T);
+        for (int64_t t = 0; t < T; t++) {
+            const float *score = scores + (b * T + t) * E;
+            largest(score, E, K, best.data());
+            for (const int64_t e : best) counts[e] += 1;
+            for (int64_t e = 0; e < E; e++) sums[t] += score[e];
+            for (int64_t e = 0; e < E; e++) shares[e] += score[e] / sums[t];
+        }
+        float loss = 0;
         for (int64_t e = 0; e < E; e++) {
-            score[e] = choice.sigmoid ? 1.0f / (1.0f + std::exp(-logit[e])) : std::exp(logit[e] - most);
-            total += score[e];
+            counts[e] *= static_cast<float>(E) / static_cast<float>(K * T);
+            loss += counts[e] * shares[e] / static_cast<float>(T);
         }
-        for (int64_t e = 0; e < E; e++) {
-            if (!choice.sigmoid) score[e] /= total;
-            biased[e] = score[e] + (bias ? bias[e] : 0.0f);
+        losses[b] = loss;
+        if (!grad) return;
+        const float part = 1.0f / static_cast<float>(B * T);
+        for (int64_t t = 0; t < T; t++) {
+            const float *score = scores + (b * T + t) * E;
+            float along = 0;
+            for (int64_t e = 0; e < E; e++) along += counts[e] * score[e];
+            along /= sums[t];
+            for (int64_t e = 0; e < E; e++)
+                grad[(b * T + t) * E + e] = (counts[e] - along) * part / sums[t];
         }
-        if (choice.kept_groups < choice.groups) {
-            for (int64_t g = 0; g < choice.groups; g++)
-                strengths[g] = strength(&biased[g * size], size, choice.sigmoid);
-            largest(strengths.data(), choice.groups, choice.kept_groups, kept.data());
-            for (int64_t g = 0; g < choice.groups; g++)
-                if (std::find(kept.begin(), kept.end(), g) == kept.end())
-                    std::fill_n(&biased[g * size], size, -INFINITY);
-        }
-        int64_t *index = indices + m * K;
-        largest(biased.data(), E, K, index);
-        float sum = 0;
-        for (int64_t k = 0; k < K; k++) sum += score[index[k]];
-        for (int64_t k = 0; k < K; k++)
-            weights[m * K + k] = score[index[k]] * choice.scaling /
-                                 (choice.normalized ? sum + 1e-20f : 1.0f);
+    });
+}
+
+bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
+                int64_t *starts) {
+    std::fill_n(starts, E + 1, 0);
+    for (int64_t p = 0; p < P; p++) {
+        if (experts[p] < 0 || experts[p] >= E) return false;
+        starts[experts[p] + 1]++;
     }
+    std::vector<int64_t> next(E);
+    for (int64_t e = 0; e < E; e++) {
+        const int64_t begin = next[e] = starts[e], count = starts[e + 1];
+        starts[e + 1] = begin + rounded_up(count);
+        std::fill(pair + begin + count, pair + starts[e + 1], -1);
+    }
+    for (int64_t p = 0; p < P; p++) {
+        const int64_t row = next[experts[p]]++;
+        place[p] = row;
+        pair[row] = p;
+    }
+    return true;
 }

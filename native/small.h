@@ -1,17 +1,6 @@
-// What a decoding step does between its products; see small.cpp.
+// Which experts a token goes to, and how evenly; see small.cpp.
 #pragma once
 #include <cstdint>
-
-// kind: 0 float32, 1 bfloat16, of x and out.
-
-// out [rows, D] = x / rms(x) · weight; weight of x's kind.
-void rms_norm(const void *x, int kind, const void *weight, void *out, int64_t rows, int64_t D,
-              float eps);
-
-// Adjacent pairs of x [rows, heads, R] turned by complex numbers turns [rows, R/2]. `stride` is the
-// distance of two heads in x, `row_stride` of two rows; out [rows, heads, R] has no gaps.
-void rotate_pairs(const void *x, int kind, const float *turns, void *out, int64_t rows,
-                  int64_t heads, int64_t R, int64_t row_stride, int64_t stride);
 
 struct Choice {
     int64_t experts, groups, kept_groups, per_token;
@@ -21,5 +10,24 @@ struct Choice {
 
 // DeepSeek's router after its product: scores [M, E] of logits [M, E] (sigmoid or softmax), the
 // per_token experts with the largest scores + bias among the best groups, and their weights.
-void choose_experts(const float *logits, const float *bias, const Choice &choice, float *scores,
-                    int64_t *indices, float *weights, int64_t M);
+// Where a row of `replayed` [M, K] (or null) does not begin with -1, its experts instead.
+void choose_experts(const float *logits, const float *bias, const int64_t *replayed,
+                    const Choice &choice, float *scores, int64_t *indices, float *weights,
+                    int64_t M);
+
+// The logits' gradient [M, E] from that of scores and of weights; either may be null.
+void choose_experts_backward(const float *scores, const int64_t *indices, const Choice &choice,
+                             const float *grad_scores, const float *grad_weights,
+                             float *grad_logits, int64_t M);
+
+// How evenly scores [B, T, E] use the experts, K of them a token: a loss for each sequence, and the
+// gradient of their mean, or null.
+void balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, float *losses,
+             float *grad);
+
+// Pairs (token, choice) sorted by expert, equal ones as they came: row place[p] is pair p, pair[row]
+// the other way round, -1 in the rows that a segment is rounded up by. Expert e has the rows
+// starts[e] .. starts[e + 1] - 1; `pair` has room for P + P / 8 + E. False where a number is none of
+// the E experts'.
+bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
+                int64_t *starts);

@@ -1,4 +1,5 @@
-"""Norm, rotation and the router's choice in one native call each, against their equations."""
+"""Norm, rotation and the router's choice in one native call each, against their equations: values,
+gradients, parts of wider rows, and any number of threads."""
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from hypothesis import strategies as st
 from qiusuo.kernels.native import native
 from qiusuo.kernels.norm import rms_norm, rms_norm_reference
 from qiusuo.kernels.rotation import rotate_pairs, rotate_pairs_reference
-from qiusuo.kernels.routing import Choice, choose_experts, choose_experts_reference
+from qiusuo.kernels.routing import (
+    Choice,
+    balance_loss,
+    balance_loss_reference,
+    choose_experts,
+    choose_experts_reference,
+)
+from tests.kernels.gradients import assert_all_close, normal, value_and_grads
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native library is not in use")
 
@@ -74,3 +82,98 @@ def test_choice(
     assert torch.equal(got.indices_MK, expected.indices_MK)
     torch.testing.assert_close(got.scores_ME, expected.scores_ME)
     torch.testing.assert_close(got.weights_MK, expected.weights_MK)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), [(1, 1, 1), (3, 7, 2), (200, 16, 4)])
+def test_gradients_of_choice(
+    sigmoid: bool, normalized: bool, tokens: int, experts: int, per_token: int
+) -> None:
+    choice = Choice(1, 1, per_token, sigmoid, normalized, 2.5)
+    toward_ME, toward_MK = normal(tokens, experts, seed=2), normal(tokens, per_token, seed=3)
+
+    def through(kernel, logits):
+        chosen = kernel(logits, None, choice)
+        return (chosen.scores_ME * toward_ME).sum() + (chosen.weights_MK * toward_MK).sum()
+
+    logits_ME = 2 * normal(tokens, experts, seed=4)
+    got = value_and_grads(lambda x: through(choose_experts, x), logits_ME)
+    expected = value_and_grads(lambda x: through(choose_experts_reference, x), logits_ME)
+    assert_all_close(got, expected, 1e-5)
+
+
+def test_gradient_of_weights_alone() -> None:
+    logits, choice = normal(5, 4), Choice(1, 1, 2, True, True, 1.0)
+    toward = normal(5, 2, seed=1)
+    got, expected = (
+        value_and_grads(lambda x, k=kernel: k(x, None, choice).weights_MK * toward, logits)
+        for kernel in (choose_experts, choose_experts_reference)
+    )
+    assert_all_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "experts", "choices"), [(1, 1, 1, 1), (3, 5, 7, 2), (16, 33, 16, 4)]
+)
+def test_balance_loss(sequences: int, tokens: int, experts: int, choices: int) -> None:
+    scores_ME = normal(sequences * tokens, experts).sigmoid()
+    got, expected = (
+        value_and_grads(lambda x, k=kernel: k(x, choices, sequences), scores_ME)
+        for kernel in (balance_loss, balance_loss_reference)
+    )
+    assert_all_close(got, expected, 1e-5)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_rotation_there_and_back(dtype: torch.dtype, all_rows: bool) -> None:
+    """Gradients of a part of each head, with turns for every row or one for all."""
+    rows = 3 if all_rows else 1
+    turns = torch.polar(torch.ones(rows, 5, 4), 9 * normal(rows, 5, 4))
+    whole = normal(3, 5, 2, 14, dtype=dtype)
+    got, expected = (
+        value_and_grads(lambda x, k=kernel: k(x[..., 6:], turns), whole)
+        for kernel in (rotate_pairs, rotate_pairs_reference)
+    )
+    assert_all_close(got, expected, 1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (130, 33)])
+def test_norm_of_parts_of_rows(autocast: bool, dtype: torch.dtype, rows: int, width: int) -> None:
+    """As the latents of a layer stand beside its rope keys. (With a small eps the gradient of a row
+    of one number is a difference of equal ones.)"""
+    whole, weight = normal(rows, width + 7, dtype=dtype), 1 + normal(width, seed=1)
+    if not autocast:
+        weight = weight.to(dtype)
+
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            return rms_norm(x[:, :width], w, 0.1)
+
+    got = value_and_grads(norm, whole, weight)
+    assert got[0].dtype is (torch.bfloat16 if autocast else dtype)
+    expected = value_and_grads(
+        lambda x, w: rms_norm_reference(x[:, :width], w, 0.1), whole.double(), weight.double()
+    )
+    exact = dtype is torch.float32 and not autocast
+    assert_all_close([x.double() for x in got], expected, 1e-5 if exact else 0.03)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads: int) -> None:
+    """Of sums over rows: the norm's weight, and a token's choices."""
+    x, weight = normal(5000, 48), 1 + normal(48, seed=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = value_and_grads(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
+        torch.set_num_threads(threads)
+        together = value_and_grads(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, alone, together))

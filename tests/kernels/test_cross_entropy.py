@@ -120,3 +120,20 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 2000)
     assert largest_tensor(cross_entropy_reference, x, head, labels) == 300 * 100  # the test sees
     assert largest_tensor(chunked_cross_entropy, x, head, labels) <= max(300 * 8, 2000)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (5, 17), (33, 300)])
+def test_every_instruction_set(dtype, tokens, vocabulary):
+    x, head, labels = problem(tokens, 8, vocabulary, ignored=0.3)
+    chunked, _ = both(x.to(dtype), head.to(dtype), labels)
+    _, whole = both(x.to(dtype).float(), head.to(dtype).float(), labels)
+    close = 1e-5 if dtype is torch.float32 else 0.03
+    assert_all_close([t.float() for t in chunked], whole, close)
+
+
+def test_a_label_beyond_the_vocabulary():
+    x, head, _ = problem(2, 4, 7, ignored=0.0)
+    with pytest.raises(IndexError):
+        chunked_cross_entropy(x.requires_grad_(), head, torch.tensor([0, 7]))

@@ -9,12 +9,15 @@ which would rather be large, over the whole chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qiusuo.kernels.native import KINDS, at, native_for
 
 # M tokens, D hidden, W vocabulary, C tokens of a chunk, S of a slice of it.
 
@@ -53,12 +56,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             *(_chunks(t, head_WD, CHUNK_ELEMENTS) for t in (x_MD, labels_M, grad_x_MD)),
             strict=True,
         ):
-            grad_CW, chunk_loss = _probabilities(x_CD, head_WD, labels_C)
+            grad_CW, chunk_loss = _logit_gradients(x_CD, head_WD, labels_C)
             loss += chunk_loss
-            row_C = torch.arange(len(labels_C), device=labels_C.device)
-            grad_CW[row_C, labels_C.clamp_min(0)] -= 1  # scatter_add_ is 1000 times slower on a CPU
-            if (ignored_C := labels_C == IGNORE).any():
-                grad_CW[ignored_C] = 0
             torch.mm(grad_CW, head_WD, out=grad_x_CD)
             grad_head_WD += grad_CW.t() @ x_CD
         ctx.save_for_backward(grad_x_MD, grad_head_WD)
@@ -74,23 +73,45 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x_MD * scale.to(grad_x_MD.dtype), grad_head_WD, None, None
 
 
-def _probabilities(x_CD: Tensor, head_WD: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of a chunk's logits in their own type [C, W], and the chunk's loss.
-
-    In bf16 a token's loss carries its probability's rounding, 0.002 nats: less than the rounding
-    of the logits themselves.
-    """
-    probs_CW = x_CD.new_empty(x_CD.shape[0], head_WD.shape[0])
-    for x_SD, probs_SW in zip(
-        _chunks(x_CD, head_WD, SLICE_ELEMENTS),
-        _chunks(probs_CW, head_WD, SLICE_ELEMENTS),
+def _logit_gradients(x_CD: Tensor, head_WD: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss's gradient for a chunk's logits, in their own type [C, W], and the chunk's loss."""
+    library = native_for(x_CD)
+    grad_CW = x_CD.new_empty(x_CD.shape[0], head_WD.shape[0])
+    slices = zip(
+        *(_chunks(t, head_WD, SLICE_ELEMENTS) for t in (x_CD, grad_CW, labels_C.contiguous())),
         strict=True,
-    ):
+    )
+    if library is None:
+        return _plain_gradients(slices, head_WD, grad_CW, labels_C)
+    if len(labels_C) and int(labels_C.max()) >= len(head_WD):
+        raise IndexError(f"label {int(labels_C.max())} of a vocabulary of {len(head_WD)}")
+    nats_C = x_CD.new_empty(len(x_CD), dtype=torch.float32)
+    done = 0
+    for x_SD, grad_SW, labels_S in slices:
+        torch.mm(x_SD, head_WD.t(), out=grad_SW)
+        library.run(
+            "qiusuo_cross_entropy", at(grad_SW), KINDS[grad_SW.dtype], at(labels_S),
+            at(nats_C[done:]), *grad_SW.shape,
+        )  # fmt: skip
+        done += len(x_SD)
+    return grad_CW, nats_C.sum()
+
+
+def _plain_gradients(
+    slices: Iterable[tuple[Tensor, ...]], head_WD: Tensor, probs_CW: Tensor, labels_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In bf16 a token's loss carries its probability's rounding, 0.002 nats: less than the rounding
+    of the logits themselves."""
+    for x_SD, probs_SW, _ in slices:
         torch._softmax(x_SD @ head_WD.t(), -1, False, out=probs_SW)
     picked_C = probs_CW.gather(1, labels_C.clamp_min(0)[:, None]).squeeze(1).float()
     tiny = torch.finfo(torch.float32).tiny
     nats_C = picked_C.clamp_min_(tiny).log_().neg_()
-    return probs_CW, nats_C.masked_fill_(labels_C == IGNORE, 0).sum()
+    row_C = torch.arange(len(labels_C), device=labels_C.device)
+    probs_CW[row_C, labels_C.clamp_min(0)] -= 1  # scatter_add_ is 1000 times slower on a CPU
+    if (ignored_C := labels_C == IGNORE).any():
+        probs_CW[ignored_C] = 0
+    return probs_CW, nats_C.masked_fill_(ignored_C, 0).sum()
 
 
 def _loss_only(x_MD: Tensor, head_WD: Tensor, labels_M: Tensor) -> Tensor:

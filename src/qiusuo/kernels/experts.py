@@ -9,14 +9,16 @@ sorted rows: nothing is gathered twice and the pair weights' gradient falls out 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qiusuo.kernels.expert_rows import gather_rows, sort_by_expert, sum_choices
 from qiusuo.kernels.linear import FEW, few_rows, linear, tiles_for
+from qiusuo.kernels.swiglu import WeightedRows
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.
@@ -96,16 +98,6 @@ def _experts_in_blocks(
     return out_MD
 
 
-class _Layout(NamedTuple):
-    """Where the pairs stand once sorted. ``place_P``: the row of each pair; ``token_R``: the token
-    of each row; ``segments``: non-empty (expert, first row, last row + 1). Segments are rounded up
-    to a few sizes; the rows between carry weight zero, so they add nothing anywhere."""
-
-    place_P: Tensor
-    token_R: Tensor
-    segments: list[tuple[int, int, int]]
-
-
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -117,49 +109,50 @@ class _GroupedExperts(torch.autograd.Function):
         down_EDF: Tensor,
     ) -> Tensor:
         layout = sort_by_expert(indices_MK, gate_up_EGD.shape[0])
-        x_RD = x_MD.index_select(0, layout.token_R)
-        weight_R = x_RD.new_zeros(x_RD.shape[0], 1)
-        weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_RD.dtype)
+        weights_P = weights_MK.detach().flatten().to(_exact(x_MD.dtype))
+        x_RD = gather_rows(x_MD, layout.pair_R, indices_MK.shape[1], gate_up_EGD.dtype)
         h_RG = x_RD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
         learning = any(ctx.needs_input_grad)
-        for expert, start, stop in layout.segments:
-            _product(x_RD[start:stop], gate_up_EGD[expert], h_RG[start:stop], learning)
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        act_RF = F.silu(gate_RF).mul_(up_RF)
-        weighted_RF = act_RF * weight_R
         y_RD = torch.empty_like(x_RD)
         for expert, start, stop in layout.segments:
-            _product(weighted_RF[start:stop], down_EDF[expert], y_RD[start:stop], learning)
-        ctx.save_for_backward(
-            x_RD, h_RG, act_RF, weight_R, layout.place_P, layout.token_R, gate_up_EGD, down_EDF
-        )
+            own_RG = h_RG[start:stop]
+            _product(x_RD[start:stop], gate_up_EGD[expert], own_RG, learning)
+            weighted_RF = WeightedRows(own_RG, weights_P, layout.pair_R[start:stop]).weighted()
+            _product(weighted_RF, down_EDF[expert], y_RD[start:stop], learning)
+        if learning:
+            kept = (x_RD, h_RG, weights_P, layout.place_P, layout.pair_R, gate_up_EGD, down_EDF)
+            ctx.save_for_backward(*kept)
         ctx.segments, ctx.weights_like = layout.segments, weights_MK
         return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_MD,) = grads
-        x_RD, h_RG, act_RF, weight_R, place_P, token_R, gate_up_EGD, down_EDF = ctx.saved_tensors
-        grad_RD = grad_MD.to(x_RD.dtype).index_select(0, token_R)
-        weighted_RF = act_RF * weight_R
-        grad_RF = torch.empty_like(act_RF)
-        grad_down_EDF = torch.zeros_like(down_EDF)
-        for expert, start, stop in ctx.segments:
-            torch.mm(grad_RD[start:stop], down_EDF[expert], out=grad_RF[start:stop])
-            torch.mm(grad_RD[start:stop].t(), weighted_RF[start:stop], out=grad_down_EDF[expert])
-        grad_weight_R = (grad_RF * act_RF).sum(-1, dtype=torch.float32)
-        grad_RF *= weight_R
-        grad_h_RG = _swiglu_backward(grad_RF, h_RG)
-        grad_x_RD = torch.empty_like(x_RD)
-        grad_gate_up_EGD = torch.zeros_like(gate_up_EGD)
-        for expert, start, stop in ctx.segments:
-            torch.mm(grad_h_RG[start:stop], gate_up_EGD[expert], out=grad_x_RD[start:stop])
-            torch.mm(grad_h_RG[start:stop].t(), x_RD[start:stop], out=grad_gate_up_EGD[expert])
+        x_RD, h_RG, weights_P, place_P, pair_R, gate_up_EGD, down_EDF = ctx.saved_tensors
         weights_MK = ctx.weights_like
-        grad_weights_MK = grad_weight_R[place_P].view_as(weights_MK).to(weights_MK.dtype)
-        grad_x_MD = sum_choices(grad_x_RD, place_P, weights_MK.shape[1])
+        choices = weights_MK.shape[1]
+        grad_RD = gather_rows(grads[0], pair_R, choices, x_RD.dtype)
+        grad_x_RD, grad_weights_P = torch.empty_like(x_RD), torch.empty_like(weights_P)
+        grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+        for expert, start, stop in ctx.segments:  # one at a time, while its rows are in the cache
+            toward_RD = grad_RD[start:stop]
+            rows = WeightedRows(h_RG[start:stop], weights_P, pair_R[start:stop])
+            grad_h_RG, weighted_RF = rows.backward(toward_RD @ down_EDF[expert], grad_weights_P)
+            torch.mm(toward_RD.t(), weighted_RF, out=grad_down_EDF[expert])
+            torch.mm(grad_h_RG, gate_up_EGD[expert], out=grad_x_RD[start:stop])
+            torch.mm(grad_h_RG.t(), x_RD[start:stop], out=grad_gate_up_EGD[expert])
+        busy = {expert for expert, *_ in ctx.segments}
+        for idle in set(range(len(down_EDF))) - busy:
+            grad_gate_up_EGD[idle].zero_()
+            grad_down_EDF[idle].zero_()
+        grad_weights_MK = grad_weights_P.view_as(weights_MK).to(weights_MK.dtype)
+        grad_x_MD = sum_choices(grad_x_RD, place_P, choices)
         return grad_x_MD, grad_weights_MK, None, grad_gate_up_EGD, grad_down_EDF
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Of a row's weight: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _product(x_RI: Tensor, weight_OI: Tensor, out_RO: Tensor, learning: bool) -> None:
@@ -168,48 +161,3 @@ def _product(x_RI: Tensor, weight_OI: Tensor, out_RO: Tensor, learning: bool) ->
         torch.mm(x_RI, weight_OI.t(), out=out_RO)
     else:
         out_RO.copy_(few_rows(x_RI, weight_OI))
-
-
-def _swiglu_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:
-    """Gradient of [gate, up] from that of silu(gate) · up; ``grad_RF`` is used up."""
-    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-    grad_h_RG = torch.empty_like(h_RG)
-    grad_gate_RF, grad_up_RF = grad_h_RG.chunk(2, dim=-1)
-    torch.mul(grad_RF, F.silu(gate_RF), out=grad_up_RF)
-    grad_gate_RF.copy_(torch.ops.aten.silu_backward(grad_RF.mul_(up_RF), gate_RF))
-    return grad_h_RG
-
-
-def sort_by_expert(indices_MK: Tensor, experts: int) -> _Layout:
-    expert_P = indices_MK.flatten()
-    order_P = torch.argsort(expert_P, stable=True)
-    segments, shifts, start, shift = [], [], 0, 0
-    for expert, count in enumerate(torch.bincount(expert_P, minlength=experts).tolist()):
-        shifts.append(shift)
-        rows = _round_up(count)
-        if rows:
-            segments.append((expert, start, start + rows))
-        start += rows
-        shift += rows - count
-    place_sorted_P = torch.arange(order_P.numel(), device=order_P.device)
-    place_sorted_P += torch.tensor(shifts, device=order_P.device)[expert_P[order_P]]
-    place_P = torch.empty_like(order_P)
-    place_P[order_P] = place_sorted_P
-    token_R = order_P.new_zeros(start)
-    token_R[place_sorted_P] = order_P // indices_MK.shape[1]
-    return _Layout(place_P, token_R, segments)
-
-
-def _round_up(count: int) -> int:
-    """The next of eight sizes per doubling. PyTorch's bf16 products compile code for every new
-    shape (about 1 ms each); an expert's token count is new at every step, these sizes are not."""
-    if count <= 16:
-        return count
-    grain = 1 << (count.bit_length() - 4)
-    return -(-count // grain) * grain
-
-
-def sum_choices(y_RD: Tensor, place_P: Tensor, choices: int) -> Tensor:
-    """Bring sorted rows home and add each token's K of them, always in the same order."""
-    y_PD = y_RD.index_select(0, place_P)
-    return y_PD if choices == 1 else y_PD.unflatten(0, (-1, choices)).sum(1)

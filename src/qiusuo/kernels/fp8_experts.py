@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qiusuo.kernels.experts import sort_by_expert, sum_choices
+from qiusuo.kernels.expert_rows import gather_rows, sort_by_expert, sum_choices
 from qiusuo.kernels.fp8 import (
     PLAIN,
     ROW,
@@ -60,10 +60,10 @@ class _Fp8Experts(torch.autograd.Function):
         scales: tuple[Scales, Scales],
     ) -> Tensor:
         layout = sort_by_expert(indices_MK, len(gate_up_EGD))
-        weight_R = x_MD.new_zeros(len(layout.token_R), 1)
+        weight_R = x_MD.new_zeros(len(layout.pair_R), 1)
         weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_MD.dtype)
-        x_RD = x_MD.index_select(0, layout.token_R)
-        _clear_padding(x_RD, layout.place_P)
+        # Padding is zeros, and so is never the largest of a tile of tokens.
+        x_RD = gather_rows(x_MD, layout.pair_R, indices_MK.shape[1], x_MD.dtype)
         x = quantize(x_RD, ROW, scales[0].inputs)
         gate_up = _quantize_all(gate_up_EGD, layout.segments, scales[0])
         h_RG = _each(x, gate_up, layout.segments, x_MD.dtype)
@@ -72,7 +72,7 @@ class _Fp8Experts(torch.autograd.Function):
         y_RD = _each(weighted, down, layout.segments, x_MD.dtype)
         h = quantize(h_RG, ROW)
         ctx.save_for_backward(
-            *(weight_R, layout.place_P, layout.token_R, *x[:2], *h[:2]),
+            *(weight_R, layout.place_P, layout.pair_R, *x[:2], *h[:2]),
             *(part for weight in (*gate_up, *down) for part in weight[:2]),
         )
         ctx.segments, ctx.scales = layout.segments, scales
@@ -84,13 +84,12 @@ class _Fp8Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_MD,) = grads
-        weight_R, place_P, token_R, x_codes, x_scales, h_codes, h_scales, *kept = ctx.saved_tensors
+        weight_R, place_P, pair_R, x_codes, x_scales, h_codes, h_scales, *kept = ctx.saved_tensors
         up_scales, down_scales = ctx.scales
         segments, count = ctx.segments, 2 * len(ctx.segments)
         gate_up = _weights(kept[:count], up_scales)
         down = _weights(kept[count:], down_scales)
-        grad_RD = grad_MD.index_select(0, token_R)
-        _clear_padding(grad_RD, place_P)
+        grad_RD = gather_rows(grad_MD, pair_R, ctx.pairs[0][1], grad_MD.dtype)
         h_RG = dequantize(Quantized(h_codes, h_scales, ROW, False), grad_MD.dtype)
         act_RF = _swiglu(h_RG)
         weighted = quantize(act_RF * weight_R, ROW, down_scales.inputs)
@@ -115,13 +114,6 @@ class _Fp8Experts(torch.autograd.Function):
         grad_weights_MK = grad_weight_R[place_P].view(shape).to(dtype)
         grad_x_MD = sum_choices(grad_x_RD, place_P, shape[1])
         return grad_x_MD, grad_weights_MK, None, *stacks, None
-
-
-def _clear_padding(x_RD: Tensor, place_P: Tensor) -> None:
-    """Rows between the segments must not be the largest of a tile of tokens."""
-    padding_R = torch.ones(len(x_RD), dtype=torch.bool, device=x_RD.device)
-    padding_R[place_P] = False
-    x_RD[padding_R] = 0
 
 
 def _quantize_all(

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qiusuo.kernels.experts import sort_by_expert, sum_choices
+from qiusuo.kernels.expert_rows import gather_rows, sort_by_expert, sum_choices
 from qiusuo.kernels.linear import in_blocks
 from qiusuo.kernels.native import Native, native, native_for
+from qiusuo.kernels.swiglu import WeightedRows
 
 # O out, I in, I' = I rounded up to whole blocks, n = I'/32 blocks of a row, c the 32 of a block.
 # M rows of x, K experts per token, E experts, D hidden, F expert width, R rows sorted by expert.
@@ -240,15 +241,13 @@ def _experts_of_many(
 ) -> Tensor:
     """Pairs sorted by expert; each expert is made bfloat16 and multiplied with its rows."""
     layout = sort_by_expert(indices_MK, len(gate_up.codes))
-    x_RD = x_MD.index_select(0, layout.token_R)
-    weight_R = x_RD.new_zeros(len(x_RD), 1)
-    weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_RD.dtype)
+    weights_P = weights_MK.flatten().float()
+    x_RD = gather_rows(x_MD, layout.pair_R, indices_MK.shape[1], x_MD.dtype)
     y_RD = torch.empty_like(x_RD)
     for expert, start, stop in layout.segments:
         h_RG = torch.mm(x_RD[start:stop], _as_bf16(gate_up[expert]).t())
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        act_RF = F.silu(gate_RF).mul_(up_RF).mul_(weight_R[start:stop])
-        torch.mm(act_RF, _as_bf16(down[expert]).t(), out=y_RD[start:stop])
+        weighted_RF = WeightedRows(h_RG, weights_P, layout.pair_R[start:stop]).weighted()
+        torch.mm(weighted_RF, _as_bf16(down[expert]).t(), out=y_RD[start:stop])
     return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
 

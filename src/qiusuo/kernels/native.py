@@ -82,7 +82,7 @@ class Native:
         if bias_O is not None:
             check("the bias", bias_O, (width,), torch.float32)
         out_MO = x_MI.new_empty(rows, width)
-        self._run(
+        self.run(
             "qiusuo_linear", bits, at(x_MI), KINDS[x_MI.dtype], at(codes), at(scales),
             at(bias_O), at(out_MO), rows, 1, width, columns,
         )  # fmt: skip
@@ -94,7 +94,7 @@ class Native:
         bits = _check_weight("the weights", codes, scales, (H, width), columns)
         check("x", x_MHI, (M, H, columns), *KINDS)
         out_MHO = x_MHI.new_empty(M, H, width)
-        self._run(
+        self.run(
             "qiusuo_linear", bits, at(x_MHI), KINDS[x_MHI.dtype], at(codes), at(scales),
             None, at(out_MHO), M, H, width, columns,
         )  # fmt: skip
@@ -123,7 +123,7 @@ class Native:
         elif E != 1 or indices_MK is not weights_MK:
             raise ValueError(f"which of {E} experts, and with which weights? Both are needed")
         out_MD = torch.empty_like(x_MD)
-        self._run(
+        self.run(
             "qiusuo_experts", bits, at(x_MD), KINDS[x_MD.dtype], at(indices_MK),
             at(weights_MK), at(gate_up[0]), at(gate_up[1]), at(down[0]), at(down[1]),
             at(out_MD), M, K, E, D, G // 2,
@@ -135,7 +135,7 @@ class Native:
         the caller keeps one buffer for all matrices)."""
         bits = _check_weight("the weight", codes, scales, (len(codes),), columns)
         check("out", out_OI, (len(codes), columns), torch.bfloat16)
-        self._run("qiusuo_dequantize", bits, at(codes), at(scales), at(out_OI), len(codes), columns)
+        self.run("qiusuo_dequantize", bits, at(codes), at(scales), at(out_OI), len(codes), columns)
 
     def quantize(
         self, rows_OI: Tensor, codes: Tensor, scales: Tensor, importance_I: Tensor | None = None
@@ -146,7 +146,7 @@ class Native:
         check("rows", rows_OI, (rows, columns), *KINDS)
         if importance_I is not None:
             check("importance", importance_I, (columns,), torch.float32)
-        self._run(
+        self.run(
             "qiusuo_quantize", bits, at(rows_OI), KINDS[rows_OI.dtype], at(importance_I),
             at(codes), at(scales), rows, columns,
         )  # fmt: skip
@@ -157,7 +157,7 @@ class Native:
         check("rows", rows_NZ, (N, Z), *KINDS)
         check("the cache", entries_SW, tuple(entries_SW.shape), torch.uint8)
         check("slots", slots_N, (N,), torch.int64)
-        self._run(
+        self.run(
             "qiusuo_keep_rows", at(rows_NZ), KINDS[rows_NZ.dtype], at(entries_SW), at(slots_N),
             N, rounded, Z - rounded, width,
         )  # fmt: skip
@@ -169,7 +169,7 @@ class Native:
         N, width = entries_NW.shape
         check("the cache's rows", entries_NW, (N, width), torch.uint8)
         rows_NZ = torch.empty(N, rounded + exact, dtype=dtype)
-        self._run(
+        self.run(
             "qiusuo_unpack_rows", at(entries_NW), at(rows_NZ), KINDS[dtype], N, rounded, exact,
             width,
         )  # fmt: skip
@@ -205,35 +205,11 @@ class Native:
         )  # fmt: skip
         return out_NHC
 
-    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """``weight_D`` of x's type."""
-        width = x_MD.shape[-1]
-        check("x", x_MD, tuple(x_MD.shape), *KINDS)
-        check("the norm's weight", weight_D, (width,), x_MD.dtype)
-        out_MD = torch.empty_like(x_MD)
-        self.begin()
-        self.library.qiusuo_rms_norm(
-            at(x_MD), KINDS[x_MD.dtype], at(weight_D), at(out_MD),
-            x_MD.numel() // width, width, eps,
-        )  # fmt: skip
-        return out_MD
-
-    def rotate_pairs(self, x_1THR: Tensor, turns_1TP: Tensor) -> Tensor:
-        """x [1, T, H, R] without gaps in its last dimension."""
-        _, T, H, R = x_1THR.shape
-        check("turns", turns_1TP, (1, T, R // 2), torch.complex64)
-        out_1THR = x_1THR.new_empty(1, T, H, R)
-        self.begin()
-        self.library.qiusuo_rotate_pairs(
-            at(x_1THR), KINDS[x_1THR.dtype], at(turns_1TP), at(out_1THR),
-            T, H, R, x_1THR.stride(1), x_1THR.stride(2),
-        )  # fmt: skip
-        return out_1THR
-
     def choose_experts(
         self,
         logits_ME: Tensor,
         bias_E: Tensor | None,
+        replayed_MK: Tensor | None,
         groups: int,
         kept_groups: int,
         per_token: int,
@@ -241,16 +217,19 @@ class Native:
         normalized: bool,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, indices and weights; see ``kernels/routing.py``. On the calling thread."""
+        """Scores, indices and weights; see ``kernels/routing.py``."""
         M, E = logits_ME.shape
         check("logits", logits_ME, (M, E), torch.float32)
         if bias_E is not None:
             check("the experts' bias", bias_E, (E,), torch.float32)
+        if replayed_MK is not None:
+            check("experts to replay", replayed_MK, (M, per_token), torch.int64)
         scores_ME = torch.empty_like(logits_ME)
         indices_MK = logits_ME.new_empty(M, per_token, dtype=torch.int64)
         weights_MK = logits_ME.new_empty(M, per_token)
+        self.begin()
         self.library.qiusuo_choose_experts(
-            at(logits_ME), at(bias_E), E, groups, kept_groups, per_token, sigmoid,
+            at(logits_ME), at(bias_E), at(replayed_MK), E, groups, kept_groups, per_token, sigmoid,
             normalized, scaling, at(scores_ME), at(indices_MK),
             at(weights_MK), M,
         )  # fmt: skip
@@ -260,16 +239,18 @@ class Native:
         # PyTorch sets OpenMP's number of threads for each thread of Python's when first asked.
         torch.get_num_threads()
 
-    def _run(self, name: str, *rest: int | None) -> None:
+    def run(self, name: str, *rest: int | float | None) -> None:
+        """Call a function that begins with the instruction set (``signatures.py``)."""
         self.begin()
         getattr(self.library, name)(self.instruction_set, *rest)
 
 
 def native_for(x: Tensor) -> Native | None:
-    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted."""
+    """``native()`` where it reads x: float32 or bfloat16 on the CPU, and no gradient is wanted (as
+    inside of an autograd Function). Not while PyTorch compiles: it could not see the call."""
     if x.device.type != "cpu" or x.dtype not in KINDS or torch.is_grad_enabled():
         return None
-    return native()
+    return None if torch.compiler.is_compiling() else native()
 
 
 @cache
@@ -334,6 +315,7 @@ def _load(file: Path) -> ctypes.CDLL:
         library.qiusuo_use_threads.argtypes = [AT]
         library.qiusuo_use_threads.restype = None
         library.qiusuo_walks_pages.argtypes = [INT, *[SIZE] * 3]
+        library.qiusuo_sort_pairs.argtypes = [AT, *[SIZE] * 2, *[AT] * 3]
         for name, arguments in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None

@@ -1,7 +1,8 @@
 """RMSNorm: divide by the root mean square, multiply by a learned weight (arXiv:1910.07467).
 
 The reference is the equation in float32. The fast form keeps one number per row for its backward
-pass, and writes that pass by hand: PyTorch's own is a chain of eight element-wise passes on a CPU.
+pass, and writes that pass by hand: PyTorch's own is a chain of eight element-wise passes on a CPU,
+here it is one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qiusuo.kernels.native import native_for
+from qiusuo.kernels.native import KINDS, Native, at, native_for
 
 # D width of the normalised axis.
 
@@ -26,32 +27,42 @@ def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As ``rms_norm_reference``, with a hand-written backward pass; without one, PyTorch's own."""
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_D.device.type):
-        library = native_for(x_D)
-        if library is not None and x_D.dtype is weight_D.dtype:
-            return library.rms_norm(x_D.contiguous(), weight_D.contiguous(), eps)
-        return F.rms_norm(x_D, weight_D.shape, weight_D, eps)
-    out_D: Tensor = _RMSNorm.apply(x_D, weight_D, eps)
-    return out_D
+    """As ``rms_norm_reference``; under autocast the result has the autocast type."""
+    device = x_D.device.type
+    autocast = torch.is_autocast_enabled(device)
+    out_dtype = torch.get_autocast_dtype(device) if autocast else x_D.dtype
+    if torch.is_grad_enabled():
+        out_D: Tensor = _RMSNorm.apply(x_D, weight_D, eps, out_dtype)
+        return out_D
+    library = _library(x_D, weight_D, out_dtype)
+    if library is not None:
+        return _native(library, x_D, weight_D, eps, out_dtype, None)
+    return F.rms_norm(x_D, weight_D.shape, weight_D, eps).to(out_dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / x_D.shape[-1] + eps).rsqrt_()
+    def forward(
+        ctx: Any, x_D: Tensor, weight_D: Tensor, eps: float, out_dtype: torch.dtype
+    ) -> Tensor:
+        library = _library(x_D, weight_D, out_dtype)
+        if library is not None:
+            scale = x_D.new_empty(*x_D.shape[:-1], 1, dtype=torch.float32)
+            out_D = _native(library, x_D, weight_D, eps, out_dtype, scale)
+        else:
+            norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True, dtype=torch.float32)
+            scale = (norm.square() / x_D.shape[-1] + eps).rsqrt_()
+            out_D = (x_D * scale).to(x_D.dtype).mul_(weight_D).to(out_dtype)
         ctx.save_for_backward(x_D, weight_D, scale)
-        device = x_D.device.type
-        out_dtype = x_D.dtype
-        if torch.is_autocast_enabled(device):
-            out_dtype = torch.get_autocast_dtype(device)
-        return (x_D * scale).to(x_D.dtype).mul_(weight_D).to(out_dtype)
+        return out_D
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_D, weight_D, scale = ctx.saved_tensors
+        library = _library(x_D, weight_D, grads[0].dtype)
+        if library is not None:
+            return *_native_backward(library, grads[0], x_D, weight_D, scale), None, None
         width = x_D.shape[-1]
         x32_D, weight32_D, grad_D = x_D.float(), weight_D.float(), grads[0].float()
         # LayerNorm's fused kernel, told that the mean is zero, gives this gradient less one term:
@@ -67,4 +78,49 @@ class _RMSNorm(torch.autograd.Function):
             [True, True, False],
         )
         grad_x_D.addcmul_(scale, (grad_D @ weight32_D)[..., None], value=1 / width)
-        return grad_x_D.to(x_D.dtype), grad_weight_D.to(weight_D.dtype), None
+        return grad_x_D.to(x_D.dtype), grad_weight_D.to(weight_D.dtype), None, None
+
+
+def _library(x_D: Tensor, weight_D: Tensor, other: torch.dtype) -> Native | None:
+    return native_for(x_D) if weight_D.dtype in KINDS and other in KINDS else None
+
+
+def _native(
+    library: Native,
+    x_D: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    scale: Tensor | None,
+) -> Tensor:
+    """``scale``: room for each row's 1/rms."""
+    width = x_D.shape[-1]
+    x_RD, weight_D = _rows(x_D), weight_D.contiguous()
+    out_D = torch.empty(x_D.shape, dtype=out_dtype)
+    library.run(
+        "qiusuo_rms_norm", at(x_RD), KINDS[x_D.dtype], x_RD.stride(0), at(weight_D),
+        KINDS[weight_D.dtype], at(out_D), KINDS[out_dtype], at(scale), len(x_RD), width, eps,
+    )  # fmt: skip
+    return out_D
+
+
+def _native_backward(
+    library: Native, grad_D: Tensor, x_D: Tensor, weight_D: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    width = x_D.shape[-1]
+    x_RD, grad_D, weight_D = _rows(x_D), grad_D.contiguous(), weight_D.contiguous()
+    grad_x_D = torch.empty(x_D.shape, dtype=x_D.dtype)
+    grad_weight_D = torch.empty(width)
+    library.run(
+        "qiusuo_rms_norm_backward", at(grad_D), KINDS[grad_D.dtype], at(x_RD), KINDS[x_D.dtype],
+        x_RD.stride(0), at(weight_D), KINDS[weight_D.dtype], at(scale), at(grad_x_D),
+        at(grad_weight_D), len(x_RD), width,
+    )  # fmt: skip
+    return grad_x_D, grad_weight_D.to(weight_D.dtype)
+
+
+def _rows(x_D: Tensor) -> Tensor:
+    """x as rows [R, D] at one distance from each other: a part of wider rows where it stands."""
+    if x_D.stride(-1) != 1:
+        x_D = x_D.contiguous()
+    return x_D.reshape(-1, x_D.shape[-1])

@@ -24,9 +24,21 @@ SIGNATURES = {
     "qiusuo_latent_attention": [*[AT] * 2, INT, AT, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
     "qiusuo_attend": [*[VIEW] * 5, AT, INT, *[SIZE] * 7, FLOAT],
     "qiusuo_attend_backward": [*[VIEW] * 5, AT, *[VIEW] * 4, *[SIZE] * 7, FLOAT],
-    "qiusuo_rms_norm": [AT, INT, *[AT] * 2, *[SIZE] * 2, FLOAT],
-    "qiusuo_rotate_pairs": [AT, INT, *[AT] * 2, *[SIZE] * 5],
-    "qiusuo_choose_experts": [
-        *[AT] * 2, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
+    "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],
+    "qiusuo_swiglu_backward": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, *[AT] * 5],
+    "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],
+    "qiusuo_sum_choices": [INT, AT, INT, AT, SIZE, AT, *[SIZE] * 2],
+    "qiusuo_rms_norm": [INT, AT, INT, SIZE, AT, INT, AT, INT, AT, *[SIZE] * 2, FLOAT],
+    "qiusuo_rms_norm_backward": [
+        INT, AT, INT, AT, INT, SIZE, AT, INT, *[AT] * 3, *[SIZE] * 2,
     ],
+    "qiusuo_rotate_pairs": [INT, AT, INT, AT, SIZE, INT, AT, *[SIZE] * 5],
+    "qiusuo_cross_entropy": [INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
+    "qiusuo_choose_experts": [
+        *[AT] * 3, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
+    ],
+    "qiusuo_choose_experts_backward": [
+        *[AT] * 2, *[SIZE] * 2, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,
+    ],
+    "qiusuo_balance": [AT, *[SIZE] * 4, *[AT] * 2],
 }  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qiusuo.kernels.fp8 import Scales, fp8_linear
 from qiusuo.kernels.linear import linear
 from qiusuo.kernels.norm import rms_norm
+from qiusuo.kernels.swiglu import swiglu
 
 # B batch, T tokens, D hidden, F intermediate.
 
@@ -46,5 +46,5 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        out_BTD: Tensor = self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
         return out_BTD

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qiusuo.kernels.routing import balance_loss
 from qiusuo.model.moe import Routing
 from qiusuo.model.transformer import Transformer
 
@@ -60,17 +61,5 @@ class ExpertLoad:
 
 
 def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
-    """Σᵢ fᵢ Pᵢ, averaged over sequences (V3 eq. 17-20); 1 when even. Float32 scalar.
-
-    fᵢ counts the top-K of the *unbiased* scores, so the loss does not see the bias's work."""
-    scores_BTE = routing.scores_ME.unflatten(0, (sequences, -1))
-    tokens, experts = scores_BTE.shape[1:]
-    choices = routing.indices_MK.shape[1]
-    with torch.no_grad():
-        top_BTK = scores_BTE.topk(choices, dim=-1).indices
-        count_BE = scores_BTE.new_zeros(sequences, experts)
-        top_BP = top_BTK.flatten(1)
-        count_BE.scatter_add_(1, top_BP, torch.ones_like(top_BP, dtype=count_BE.dtype))
-        fraction_BE = count_BE * (experts / (choices * tokens))
-    share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
-    return (fraction_BE * share_BE).sum(-1).mean()
+    """How unevenly a layer's experts are used, averaged over sequences (V3 eq. 17-20)."""
+    return balance_loss(routing.scores_ME, routing.indices_MK.shape[1], sequences)

@@ -1,0 +1,129 @@
+// RMSNorm and the turning of pairs, forward and backward; a part of between_loops.h.
+#pragma once
+
+namespace {
+
+template <class T> inline float squares(const T *x, int64_t D) {
+    float lanes[LANES] = {};
+    int64_t at = 0;
+    for (; at + LANES <= D; at += LANES)
+        for (int64_t lane = 0; lane < LANES; lane++)
+            lanes[lane] += widened(x[at + lane]) * widened(x[at + lane]);
+    for (; at < D; at++) lanes[at % LANES] += widened(x[at]) * widened(x[at]);
+    return total(lanes);
+}
+
+template <class X, class W, class Y> struct Norm {
+    static void forward(const void *x, int64_t stride, const void *weight, void *out, float *scale,
+                        int64_t rows, int64_t D, float eps) {
+        const W *__restrict weights = row_of<W>(weight, 0);
+        for_rows(rows, D, [&](int64_t row) {
+            const X *__restrict from = row_of<X>(x, row * stride);
+            Y *__restrict to = row_of<Y>(out, row * D);
+            const float mean = squares(from, D) / static_cast<float>(D);
+            const float own = 1.0f / std::sqrt(mean + eps);
+            if (scale) scale[row] = own;
+            for (int64_t d = 0; d < D; d++)  // rounded before the weight, as the reference does
+                to[d] = narrow<Y>(widened(narrow<X>(widened(from[d]) * own)) * widened(weights[d]));
+        });
+    }
+
+    // Y is the kind of the gradient that comes in. Every BLOCK rows add up their part of the
+    // weight's gradient; then these are added in order.
+    static void backward(const void *grad, const void *x, int64_t stride, const void *weight,
+                         const float *scale, void *grad_x, float *grad_weight, int64_t rows,
+                         int64_t D) {
+        constexpr int64_t BLOCK_ROWS = 64;
+        const W *__restrict weights = row_of<W>(weight, 0);
+        const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        float *const parts = reinterpret_cast<float *>(kept_room(blocks * D * sizeof(float)));
+        auto add_block = [&](int64_t block) {
+            float *__restrict part = parts + block * D;
+            for (int64_t d = 0; d < D; d++) part[d] = 0;
+            const int64_t end = (block + 1) * BLOCK_ROWS < rows ? (block + 1) * BLOCK_ROWS : rows;
+            for (int64_t row = block * BLOCK_ROWS; row < end; row++) {
+                const X *__restrict from = row_of<X>(x, row * stride);
+                const Y *__restrict toward = row_of<Y>(grad, row * D);
+                X *__restrict to = row_of<X>(grad_x, row * D);
+                const float own = scale[row];
+                float lanes[LANES] = {};
+                int64_t at = 0;
+                for (; at + LANES <= D; at += LANES)
+                    for (int64_t lane = 0; lane < LANES; lane++) {
+                        const float normed = widened(from[at + lane]) * own;
+                        const float pull = widened(toward[at + lane]) * normed;
+                        part[at + lane] += pull;
+                        lanes[lane] += pull * widened(weights[at + lane]);
+                    }
+                for (; at < D; at++) {
+                    const float pull = widened(toward[at]) * widened(from[at]) * own;
+                    part[at] += pull;
+                    lanes[at % LANES] += pull * widened(weights[at]);
+                }
+                const float mean = total(lanes) / static_cast<float>(D) * own;
+                for (int64_t d = 0; d < D; d++)
+                    to[d] = narrow<X>(own * (widened(toward[d]) * widened(weights[d]) -
+                                             widened(from[d]) * mean));
+            }
+        };
+        auto add_up = [&](int64_t) {
+            for (int64_t d = 0; d < D; d++) grad_weight[d] = 0;
+            for (int64_t block = 0; block < blocks; block++)
+                for (int64_t d = 0; d < D; d++) grad_weight[d] += parts[block * D + d];
+        };
+        const Stage stages[] = {stage_of(blocks, add_block), stage_of(1, add_up)};
+        run_stages(stages, 2, rows * D * 4);
+    }
+};
+
+// task(Norm<...>()) of these kinds.
+template <class Task> void with_kinds(int x_kind, int weight_kind, int other_kind, Task task) {
+    if (x_kind)
+        weight_kind ? other_kind ? task(Norm<bf16, bf16, bf16>()) : task(Norm<bf16, bf16, float>())
+                    : other_kind ? task(Norm<bf16, float, bf16>()) : task(Norm<bf16, float, float>());
+    else
+        weight_kind
+            ? other_kind ? task(Norm<float, bf16, bf16>()) : task(Norm<float, bf16, float>())
+            : other_kind ? task(Norm<float, float, bf16>()) : task(Norm<float, float, float>());
+}
+
+void rms_norm(const void *x, int x_kind, int64_t stride, const void *weight, int weight_kind,
+              void *out, int out_kind, float *scale, int64_t rows, int64_t D, float eps) {
+    with_kinds(x_kind, weight_kind, out_kind, [&](auto norm) {
+        norm.forward(x, stride, weight, out, scale, rows, D, eps);
+    });
+}
+
+void rms_norm_backward(const void *grad, int grad_kind, const void *x, int x_kind, int64_t stride,
+                       const void *weight, int weight_kind, const float *scale, void *grad_x,
+                       float *grad_weight, int64_t rows, int64_t D) {
+    with_kinds(x_kind, weight_kind, grad_kind, [&](auto norm) {
+        norm.backward(grad, x, stride, weight, scale, grad_x, grad_weight, rows, D);
+    });
+}
+
+template <class T>
+void rotate_of(const void *x, const float *turns, int64_t turned, float sign, void *out,
+               int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
+    for_rows(rows, heads * R, [&](int64_t row) {
+        const float *__restrict turn = turns + row % turned * R;
+        for (int64_t head = 0; head < heads; head++) {
+            const T *__restrict from = row_of<T>(x, row * row_stride + head * stride);
+            T *__restrict to = row_of<T>(out, (row * heads + head) * R);
+            for (int64_t at = 0; at < R; at += 2) {
+                const float a = widened(from[at]), b = widened(from[at + 1]);
+                const float real = turn[at], imaginary = sign * turn[at + 1];
+                to[at] = narrow<T>(a * real - b * imaginary);
+                to[at + 1] = narrow<T>(a * imaginary + b * real);
+            }
+        }
+    });
+}
+
+void rotate(const void *x, int kind, const float *turns, int64_t turned, bool back, void *out,
+            int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
+    (kind ? rotate_of<bf16> : rotate_of<float>)(x, turns, turned, back ? -1.0f : 1.0f, out, rows,
+                                                heads, R, row_stride, stride);
+}
+
+}  // namespace
