@@ -108,5 +108,10 @@ def _opened(order: Order) -> tuple[Recipe, RunFolder]:
     path, recipe = order.path, order.check()
     if recipe is None or (restarts() and path is not None and (path / "recipe.toml").is_file()):
         assert path is not None
-        return resume_run(path)
+        recipe, run = resume_run(path)
+        if restarts():
+            with run.open_log() as log:
+                text = f"a process died; all were started again (restart {restarts()})"
+                log.append({"kind": "event", "text": text})
+        return recipe, run
     return recipe, start_run(recipe, path or default_run_path(recipe.name))

@@ -103,7 +103,7 @@ class StageLife:
                     self.look(whole=True, when="after")
         if finished and last:
             self.finish()
-        elif not finished and self.world.leads:
+        elif not finished:
             run.set_status("interrupted", **self.place())
             draw_report(run)
         return finished

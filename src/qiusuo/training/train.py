@@ -70,8 +70,7 @@ def train(
         recipe.stage(only_stage)
     if run.status().get("state") == "finished":
         print(f"{run.path} is finished: there is nothing left to train")
-        if world.leads:
-            mend_papers(run)
+        mend_papers(run)
         return True
     if only_stage is not None:
         _check_turn(recipe, only_stage, last_state(run, world))
@@ -82,25 +81,19 @@ def train(
         if fault := device_fault(device):  # before any work is done
             raise TrainingError(fault)
         _check(recipe)
-        stages = [
-            stage
-            for stage in _stages_left(recipe, last_state(run, world))
-            if only_stage in (None, stage.name)
-        ]
+        left = _stages_left(recipe, last_state(run, world))
+        stages = [stage for stage in left if only_stage in (None, stage.name)]
         with world.together():
-            if world.leads:
-                check_shared(recipe, stages, world.size)
+            check_shared(recipe, stages, world.size)
         for stage in stages:
             life = StageLife(recipe, stage, run, device, world)
             if not life.live(last=stage is recipe.stages[-1]):
                 return False
         if life is not None and run.status().get("state") == "running":
             run.set_status("interrupted", **life.place())  # later stages are left
-            if world.leads:
-                draw_report(run)
+            draw_report(run)
     except (KeyboardInterrupt, Exception) as error:
-        if world.leads:
-            _mark(run, life, error)
+        _mark(run, life, error)
         raise
     finally:
         torch.set_flush_denormal(False)  # the process may have other plans

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,9 @@ def launch(count: int, work: Callable[..., int], *arguments: Any) -> int:
     exit code they return. LaunchError where they died more than RESTARTS times."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it ourselves
+    # Else processes that are started anew meet at the addresses of those that died.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    _silence_agent()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -61,12 +64,27 @@ def launch(count: int, work: Callable[..., int], *arguments: Any) -> int:
     return max(codes.values())
 
 
+def _silence_agent() -> None:
+    """It tells of signals and deaths at length; what matters of it we say ourselves."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def _in_its_session(work: Callable[..., int], parent: int, *arguments: Any) -> int:
     """A new process. Ctrl-C at the terminal reaches it once, through the agent; it stops in good
-    order when the agent is gone."""
+    order when the agent is gone. A stop is no answer but an end: were it a single process that was
+    told to stop, the agent would start all again."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             sys.exit(STOPPED)
-    return work(*arguments)
+    try:
+        code = work(*arguments)
+    except Exception:  # the agent would keep it to itself
+        traceback.print_exc()
+        raise
+    if code == STOPPED:  # an agent that was stopped itself reads no answers
+        sys.exit(STOPPED)
+    return code

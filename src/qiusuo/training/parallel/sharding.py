@@ -45,8 +45,8 @@ def shard(model: Transformer, world: World) -> None:
 
 
 def let_go(model: Transformer) -> None:
-    """After passes without a backward pass: free what they left gathered, which would be stale after
-    a step, and forget their order, by which the next backward pass would gather too much."""
+    """After passes without a backward pass: free what they left gathered, which would be stale
+    after a step, and forget their order, by which the next backward pass would gather too much."""
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
 
