@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qiusuo.runs.folder import FollowedRun, RunFolder, default_run_path
 from qiusuo.training.parallel.launch import STOPPED, LaunchError, launch
+from qiusuo.training.parallel.limits import check_shared
 from qiusuo.training.parallel.world import World, join_world, processes, restarts
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe, read_recipe
 from qiusuo.training.scene import TrainingError
@@ -54,7 +55,9 @@ def carry_out(order: Order, nproc: int | None) -> int:
             "--nproc starts processes, and torchrun has done so already: leave it out"
         )
     path = order.path
-    if recipe is not None:
+    if recipe is not None:  # refused now, before processes are started
+        stages = recipe.stages if order.stage is None else (recipe.stage(order.stage),)
+        check_shared(recipe, stages, nproc)
         path = path or default_run_path(recipe.name)
     try:
         return launch(nproc, _worker, replace(order, path=path))

@@ -14,6 +14,8 @@ import pytest
 from qiusuo.runs.log import read_log
 from tests.training import lives
 
+TRAFFIC = {"communication_bytes", "communication_bytes_modelled"}
+ROUNDED = {"loss", "mtp_loss", "balance_loss", "grad_norm", "bits_per_character"}
 PATIENCE = 300  # seconds, of a whole life of the tiny recipe on a busy machine
 
 
@@ -84,7 +86,8 @@ def assert_parity(run: Path, other: Path, bound: float = 1e-5) -> None:
         for mine, theirs in pairs:
             for key in ("step", "tokens", "lr", "when", "stage"):
                 assert mine.get(key) == theirs.get(key), key
-            for key in ("loss", "mtp_loss", "balance_loss", "grad_norm", "bits_per_character"):
-                assert mine.get(key) == pytest.approx(theirs.get(key), rel=bound), key
+            assert mine.keys() - TRAFFIC == theirs.keys()
+            for key in theirs.keys() & ROUNDED:
+                assert mine[key] == pytest.approx(theirs[key], rel=bound), key
             assert mine.get("max_violation") == theirs.get("max_violation")
             assert mine.get("expert_load") == theirs.get("expert_load")

@@ -128,16 +128,15 @@ def test_one_then_two_then_one(home: Path, corpus: Path, undisturbed: Path, tmp_
     processes.assert_parity(run, undisturbed)
 
 
-def test_what_a_person_must_mend_is_said_once(home: Path, corpus: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_processes_are_started(
+    home: Path, corpus: Path, tmp_path: Path
+) -> None:
     table = lives.recipe_table(corpus, batch_size=7, micro_batch_size=7)
     recipe = lives.write_recipe(tmp_path / "odd.toml", table)
-    process = processes.train(home, 2, recipe, "--run", tmp_path / "run")
-    code, _, err = processes.ended(process)
-    assert code == 1
-    assert err.splitlines() == [
-        "qiusuo: stage pretrain: 2 processes cannot share batch_size 7 evenly: make it a multiple "
-        "of 2"
-    ]
-    done = lives.run_command(home, "train", "no-such", "--nproc", "2")  # before any is started
+    done = lives.run_command(home, "train", recipe, "--run", tmp_path / "run", "--nproc", "2")
     assert done.returncode == 1
-    assert "no-such" in done.stderr
+    assert done.stderr == (
+        "qiusuo: stage pretrain: 2 processes cannot share batch_size 7 evenly: make it a multiple "
+        "of 2\n"
+    )
+    assert not (tmp_path / "run").exists()

@@ -141,9 +141,14 @@ class Several(World):
         try:
             yield
         except Exception as error:
-            self._meet(str(error) or type(error).__name__)
-            raise
-        for rank, complaint in enumerate(self._meet(None)):
+            told = self._meet(str(error) or type(error).__name__)
+            if told[0] is None or self.leads:
+                raise
+            self._check(told)  # the first says it for all
+        self._check(self._meet(None))
+
+    def _check(self, told: list[str | None]) -> None:
+        for rank, complaint in enumerate(told):
             if complaint is not None:
                 raise ElsewhereError(f"process {rank} of {self.size}: {complaint}")
 
