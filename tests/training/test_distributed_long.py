@@ -76,9 +76,9 @@ def test_torchrun_is_stopped_and_goes_on(
 
 
 def test_fine_tuning_with_gaps_and_odd_micro_batches(home: Path, tmp_path: Path) -> None:
-    """12 rows: one process cuts them 5, 5, 2, two cut theirs 5, 1."""
+    """12 rows: one process cuts them 4, 4, 4, two cut theirs 4, 2 each."""
     stage = tasks.sft(steps=20, precision="float32", position_gaps=0.7)
-    stage |= {"batch_size": 12, "micro_batch_size": 12}
+    stage |= {"batch_size": 12, "micro_batch_size": 4}
     recipe = tasks.recipe(stage)
     assert lives.live(recipe, tmp_path / "alone")
     file = lives.write_recipe(tmp_path / "sft.toml", recipe.model_dump(mode="json"))

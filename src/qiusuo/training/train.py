@@ -22,7 +22,7 @@ from qiusuo.training.given_tasks import check_task, stage_tasks
 from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.life import StageLife
 from qiusuo.training.parallel.limits import check_shared
-from qiusuo.training.parallel.world import ALONE, World
+from qiusuo.training.parallel.world import ALONE, World, tells_of_a_death
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe
 from qiusuo.training.rl.reinforce import resolved
 from qiusuo.training.scene import TrainingError
@@ -142,6 +142,7 @@ def _mark(run: RunFolder, life: StageLife | None, error: BaseException) -> None:
     place = {} if life is None else life.place()
     try:
         run.set_status(stopped, **place, error=str(error) or type(error).__name__)
-        draw_report(run)
+        if not tells_of_a_death(error):  # then all is begun again at once
+            draw_report(run)
     except (RunError, OSError):
         return

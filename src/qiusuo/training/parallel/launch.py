@@ -21,6 +21,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from qiusuo.training.parallel.world import tells_of_a_death
+
 RESTARTS = 3  # of one call: what dies more often has a reason that starting it anew does not mend
 STOP_SECONDS = 600  # that processes have to finish a step and to save after a Ctrl-C
 STOPPED = 130  # the exit code of a run that was stopped and saved
@@ -82,8 +84,9 @@ def _in_its_session(work: Callable[..., int], parent: int, *arguments: Any) -> i
             sys.exit(STOPPED)
     try:
         code = work(*arguments)
-    except Exception:  # the agent would keep it to itself
-        traceback.print_exc()
+    except Exception as error:
+        if not tells_of_a_death(error):  # of another: that one is what the agent has to mend
+            traceback.print_exc()  # which the agent would keep to itself
         raise
     if code == STOPPED:  # an agent that was stopped itself reads no answers
         sys.exit(STOPPED)

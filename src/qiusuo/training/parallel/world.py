@@ -158,6 +158,13 @@ class Several(World):
         return told
 
 
+def tells_of_a_death(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone: gloo says so in words."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "by peer" in str(error)
+    )
+
+
 def processes() -> int:
     """How many processes the environment says there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
