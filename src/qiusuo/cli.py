@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,33 +109,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run.")] = False,
     stage: Annotated[str | None, typer.Option(help="Live only this stage.")] = None,
     device: DeviceOption = "cpu",
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine that share the work (or torchrun)."),
+    ] = None,
 ) -> None:
     """Live a recipe: train its stages in a run folder."""
-    from qiusuo.runs.folder import default_run_path
-    from qiusuo.training import train as living
-    from qiusuo.training.recipe import RecipeError, read_recipe
+    from qiusuo.train_command import Order, carry_out
 
-    if resume:
-        if run is None:
-            raise RecipeError("--resume needs --run FOLDER: the run to go on with")
-        if recipe is not None or set_:
-            raise RecipeError("a resumed run has its own recipe: give neither RECIPE nor --set")
-        read, folder = living.resume_run(run)
-    else:
-        if recipe is None:
-            raise RecipeError("give a RECIPE, or --resume --run FOLDER")
-        read = read_recipe(recipe, set_)
-        if stage is not None:
-            read.stage(stage)  # before a folder is made
-        folder = living.start_run(read, run or default_run_path(read.name))
-    with folder:
-        finished = living.train(read, folder, device=device, only_stage=stage)
-    typer.echo(f"Run folder   {folder.path}")
-    if folder.report_path.is_file():
-        typer.echo(f"Report       {folder.report_path}")
-    if not finished:
-        typer.echo(f"Stopped and saved. Go on with: qiusuo train --resume --run {folder.path}")
-        raise typer.Exit(130)
+    order = Order(recipe, tuple(set_ or ()), run, resume, stage, device)
+    if code := carry_out(order, nproc):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -206,7 +191,7 @@ def chat(
         loaded = load_shown(model, dtype, device, limits, draft, quantize, cache)
         loaded.describe()  # makes the cache
     except ValueError as error:
-        if isinstance(error, _mendable()):
+        if isinstance(error, mendable()):
             raise
         raise typer.BadParameter(str(error)) from error
     options |= {"thinking": thinking, "thinking_budget": thinking_budget}
@@ -379,15 +364,27 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not isinstance(error, _mendable()):
+        if not isinstance(error, mendable()):
             raise
-        from qiusuo.terminal import without_controls
-
-        print(f"qiusuo: {without_controls(str(error))}", file=sys.stderr)
+        complain(error)
         sys.exit(1)
 
 
-def _mendable() -> tuple[type[Exception], ...]:
+def complain(error: Exception) -> None:
+    """Say what a person can mend in one message. Of several processes that train, another says what
+    they all met or what stopped it."""
+    from qiusuo.terminal import without_controls
+    from qiusuo.training.parallel.world import ElsewhereError
+    from qiusuo.training.scene import TrainingError
+
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not isinstance(error, ElsewhereError | TrainingError):
+        place = "" if rank == "0" else f" (process {rank})"
+        print(f"qiusuo{place}: {without_controls(str(error))}", file=sys.stderr, flush=True)
+
+
+def mendable() -> tuple[type[Exception], ...]:
+    """Errors that a user can mend."""
     from qiusuo.checkpoint.files import CheckpointError
     from qiusuo.data.errors import DataError
     from qiusuo.evaluation.answers import EvaluationError
@@ -396,6 +393,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.runs.durable import RunError
     from qiusuo.server.failure import ServerError
     from qiusuo.tasks.task import TaskError
+    from qiusuo.training.parallel.world import ElsewhereError
     from qiusuo.training.recipe import RecipeError
     from qiusuo.training.scene import TrainingError
 
@@ -403,6 +401,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         CheckpointError,
         ConfigError,
         DataError,
+        ElsewhereError,
         EvaluationError,
         KernelError,
         RecipeError,

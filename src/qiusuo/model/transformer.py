@@ -103,7 +103,7 @@ class MTPBlock(Block):
         self, embedding_BTD: Tensor, hidden_BTD: Tensor, context: Context
     ) -> tuple[Tensor, Routing | None]:
         joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1)
-        x_BTD, routing = self(self.eh_proj(joined), context)
+        x_BTD, routing = super().forward(self.eh_proj(joined), context)
         return self.shared_head.norm(x_BTD), routing
 
 

@@ -33,7 +33,7 @@ from qiusuo.runs.checkpoints import (
 from qiusuo.runs.durable import RunError, read_json, write_json, write_text
 from qiusuo.runs.environment import describe_environment, now
 from qiusuo.runs.lock import RunLock
-from qiusuo.runs.log import RunLog
+from qiusuo.runs.log import NoLog, RunLog
 from qiusuo.runs.rollouts import RolloutLog
 from qiusuo.runs.toml import dump_toml
 
@@ -223,6 +223,36 @@ class RunFolder:
     def _need_lock(self, what: str) -> None:
         if self._lock is None or not self._lock.held:
             raise RunError(f"cannot {what}: {self.path} was opened without its lock, or closed")
+
+
+class FollowedRun(RunFolder):
+    """A run that another process writes while this one works on it too: what is read is read, and
+    what would be written is not."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, None)
+
+    def record_resumption(self, version: str, command: Sequence[str] | None = None) -> None:
+        return
+
+    def open_log(self) -> RunLog:
+        return NoLog()
+
+    open_samples = open_log
+
+    def set_status(
+        self,
+        state: State,
+        *,
+        stage: str = "",
+        step: int = 0,
+        steps: int = 0,
+        error: str | None = None,
+    ) -> None:
+        return
+
+    def prune(self, keep: int = 2, protect: Collection[int] = ()) -> list[int]:
+        return []
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ optional and may be new. `stage` is the name of the stage of the recipe.
     step        loss, mtp_loss (nats/token), balance_loss, grad_norm, lr, tokens (so far),
                 tokens_per_second, flops_per_second, peak_share (0..1 of the machine's measured
                 matmul peak), max_violation (one MaxVio per MoE layer), expert_load (per MoE
-                layer a list per expert, 1.0 being its even share), seconds (of training), stage.
+                layer a list per expert, 1.0 being its even share), seconds (of training), stage;
+                of several processes communication_bytes (what all of them sent in the step) and
+                communication_bytes_modelled (what the shapes foretell).
                 The loss of a step of reinforcement is that of its policy, in no unit.
     rollout     reward (mean), pass_at_1, pass_at_k (0..1), k (answers a problem), entropy
                 (nats/token), length, length_right, length_wrong (mean tokens of a response),
@@ -138,6 +140,25 @@ class RunLog:
                 file.write(b"\n")
             elif tail:
                 file.truncate(start)
+
+
+class NoLog(RunLog):
+    """Keeps nothing: for a process beside the one that writes."""
+
+    def __init__(self) -> None:
+        return
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        return
+
+    def truncate_after(self, step: int) -> int:
+        return 0
+
+    def sync(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

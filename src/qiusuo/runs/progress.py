@@ -15,6 +15,7 @@ _MOST_TASKS = 4  # named of a look at problems
 _KEEP = 0.95  # of the smoothed loss, a step
 _KNOWN = {"step", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens", "seconds"}
 _KNOWN |= {"tokens_per_second", "flops_per_second", "peak_share"}
+_KNOWN |= {"communication_bytes", "communication_bytes_modelled"}
 
 
 class Progress:

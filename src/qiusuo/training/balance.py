@@ -13,6 +13,7 @@ from torch import Tensor
 from qiusuo.kernels.routing import balance_loss
 from qiusuo.model.moe import Routing
 from qiusuo.model.transformer import Transformer
+from qiusuo.training.parallel.world import World
 
 # B sequences, T tokens, M = B*T, E experts, K experts per token.
 
@@ -23,7 +24,7 @@ class ExpertLoad:
     def __init__(self, model: Transformer) -> None:
         self.routers = model.routers()
         self.counts = {
-            layer: torch.zeros_like(router.weight[:, 0], dtype=torch.float32, requires_grad=False)
+            layer: torch.zeros(len(router.weight), device=router.weight.device)
             for layer, router in self.routers.items()
         }
 
@@ -32,6 +33,13 @@ class ExpertLoad:
         for layer, routing in routings.items():
             chosen_P = routing.indices_MK.flatten()
             self.counts[layer] += torch.bincount(chosen_P, minlength=len(self.counts[layer]))
+
+    def add_up(self, world: World) -> None:
+        """Over all processes: a batch is what they read together."""
+        if self.counts and world.size > 1:
+            sizes = [len(count_E) for count_E in self.counts.values()]
+            total = world.sum(torch.cat(list(self.counts.values())))
+            self.counts = dict(zip(self.counts, total.split(sizes), strict=True))
 
     @torch.no_grad()
     def update_biases(self, speed: float) -> None:

@@ -20,6 +20,7 @@ from qiusuo.runs.folder import RunFolder
 from qiusuo.training.expert_selection import ExpertSelection, select_experts, train_only
 from qiusuo.training.lora import LoRA
 from qiusuo.training.optimizers import build_optimizers
+from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.scene import Scene, TrainingError
 from qiusuo.training.state import Feed, StageState
@@ -97,16 +98,27 @@ def stage_state(scene: Scene, feed: Feed) -> StageState:
     if section is not None and section.kind == "esft":
         train_only(scene.model, _selection(scene, feed, section.experts))
     adapter = () if scene.adapter is None else scene.adapter.parameters()
-    optimizers = build_optimizers(scene.model, stage.optimizer, adapter)
-    return StageState(scene.model, optimizers, feed, stage.name, stage.steps, adapter=scene.adapter)
+    dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
+    optimizers = build_optimizers(scene.model, stage.optimizer, adapter, dtype, scene.world)
+    return StageState(
+        scene.model,
+        optimizers,
+        feed,
+        stage.name,
+        stage.steps,
+        adapter=scene.adapter,
+        world=scene.world,
+    )
 
 
-def last_state(run: RunFolder) -> dict[str, Any] | None:
+def last_state(run: RunFolder, world: World = ALONE) -> dict[str, Any] | None:
     latest = run.latest_checkpoint()
-    return None if latest is None else load_state(latest[1])
+    return None if latest is None else load_state(latest[1], world.mesh)
 
 
-def state_at_end(run: RunFolder, checkpoint: dict[str, Any], stage: str) -> dict[str, Any]:
+def state_at_end(
+    run: RunFolder, checkpoint: dict[str, Any], stage: str, world: World = ALONE
+) -> dict[str, Any]:
     """What an earlier stage ended with."""
     step = checkpoint["ends"].get(stage)
     folder = dict(run.checkpoints()).get(step)
@@ -115,4 +127,4 @@ def state_at_end(run: RunFolder, checkpoint: dict[str, Any], stage: str) -> dict
             f"{run.path} no longer holds the end of stage {stage!r}: put its folder back into "
             "checkpoints, or live the recipe in a new run"
         )
-    return load_state(folder)
+    return load_state(folder, world.mesh)

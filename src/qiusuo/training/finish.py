@@ -14,7 +14,7 @@ from qiusuo.model.cost import measure
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.card import write_model_card
 from qiusuo.runs.durable import RunError
-from qiusuo.runs.folder import RunFolder
+from qiusuo.runs.folder import FollowedRun, RunFolder
 from qiusuo.runs.report import write_report
 from qiusuo.runs.summary import write_summary
 from qiusuo.training.given_tasks import stage_tasks
@@ -57,7 +57,9 @@ def finish_run(
 
 
 def draw_report(run: RunFolder) -> str | None:
-    """Draw report.html; the reason where it cannot be drawn."""
+    """Draw report.html; the reason where it cannot be drawn. Not beside another who writes."""
+    if isinstance(run, FollowedRun):
+        return None
     try:
         write_report(run.path)
     except RunError as error:
@@ -67,6 +69,8 @@ def draw_report(run: RunFolder) -> str | None:
 
 def mend_papers(run: RunFolder) -> None:
     """Write the card and the report of a finished run that was killed before it had them."""
+    if isinstance(run, FollowedRun):
+        return
     if not run.card_path.exists():
         write_model_card(run.path, run.model_path)
     if not run.report_path.exists():

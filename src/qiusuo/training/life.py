@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -15,8 +16,11 @@ from qiusuo.training.beginning import attach_adapter, build_model, last_state, s
 from qiusuo.training.finish import draw_report, finish_run
 from qiusuo.training.kinds import work_of
 from qiusuo.training.looks import TaskLook, check_prompts, write_samples
+from qiusuo.training.parallel.sharding import shard
+from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, earlier_stages
-from qiusuo.training.scene import Scene
+from qiusuo.training.saving import Saver
+from qiusuo.training.scene import Scene, TrainingError
 from qiusuo.training.stages import SampleStage, Stage, TeachStage
 from qiusuo.training.state import take_weights
 from qiusuo.training.steps import PACE_STEPS
@@ -28,19 +32,29 @@ STATUS_SECONDS = 1.0  # between two writings of status.json
 class StageLife:
     """Made ready: data, model with the right weights, and the work of the stage's kind."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, run: RunFolder, device: str) -> None:
-        self.recipe, self.stage, self.run = recipe, stage, run
-        self.tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        run: RunFolder,
+        device: str,
+        world: World = ALONE,
+    ) -> None:
+        self.recipe, self.stage, self.run, self.world = recipe, stage, run, world
+        with world.in_turn():
+            self.tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
         model = build_model(recipe, self.tokenizer, stage.name).to(device)
         check_prompts(stage, self.tokenizer, model.config.max_position_embeddings)
         adapter = attach_adapter(recipe, model)
-        checkpoint = last_state(run)
+        shard(model, world)
+        checkpoint = last_state(run, world)
         if checkpoint is not None:
             take_weights(model, adapter, self.starting_weights(checkpoint))
-        scene = Scene(recipe, stage, run, self.tokenizer, model, adapter, self.note)
+        scene = Scene(recipe, stage, run, self.tokenizer, model, adapter, self.note, world)
         self.work = work_of(scene)
         self.state = self.work.state
-        self.task_look = TaskLook(scene)
+        self.task_look = TaskLook(replace(scene, model=self.state.shown))
+        self.saver = Saver(run, world, self.kept)
         if checkpoint is not None:
             self.state.take_over(checkpoint)
         self.saved_at = self.resumed_at = self.state.run_step if checkpoint is not None else -1
@@ -51,7 +65,7 @@ class StageLife:
         start_from = getattr(self.stage, "start_from", None)
         if start_from is None or checkpoint["stage"] == self.stage.name:
             return checkpoint
-        return state_at_end(self.run, checkpoint, start_from)
+        return state_at_end(self.run, checkpoint, start_from, self.world)
 
     def place(self) -> dict[str, Any]:
         """Where the run stands, as its status says it."""
@@ -75,22 +89,34 @@ class StageLife:
                 gc.freeze()  # what is loaded by now stays: no need to walk it again and again
                 try:
                     self.work.run(self.after_step)
+                except TrainingError:  # all processes meet it at the same step
+                    self.saver.settle()
+                    raise
                 finally:
                     self.work.close()
                 finished = state.step >= state.planned
                 if finished:
                     state.ends[state.stage] = state.run_step
                 self.checkpoint()
+                self.saver.settle()
                 if finished and not isinstance(self.stage, SampleStage | TeachStage):
                     self.look(whole=True, when="after")
         if finished and last:
-            report_missing = finish_run(run, self.recipe, self.stage, self.work, self.tokenizer)
-            if report_missing:
-                print(f"report.html was not drawn: {report_missing}")
+            self.finish()
         elif not finished:
             run.set_status("interrupted", **self.place())
             draw_report(run)
         return finished
+
+    def finish(self) -> None:
+        self.state.gather()
+        with self.world.together():
+            if self.world.leads:
+                report_missing = finish_run(
+                    self.run, self.recipe, self.stage, self.work, self.tokenizer
+                )
+                if report_missing:
+                    print(f"report.html was not drawn: {report_missing}")
 
     def note(self, record: dict[str, Any]) -> None:
         self.log.append(record)
@@ -99,6 +125,7 @@ class StageLife:
     def after_step(self) -> bool:
         """Between steps: look, save, or stop. True to stop."""
         stage, state = self.stage, self.state
+        self.saver.look()
         place = self.place()
         self.view.set_total(place["steps"])
         if time.monotonic() - self.status_at > STATUS_SECONDS:
@@ -110,13 +137,20 @@ class StageLife:
             planned_now = stage.minutes is not None and state.step == PACE_STEPS
             if state.step % stage.checkpoint_steps == 0 or planned_now:
                 self.checkpoint()
-        return self.stop.asked
+        return self.world.any(self.stop.asked)
 
     def look(self, whole: bool, when: str | None = None) -> None:
         """Measure, and let the model write."""
+        records = list(self.work.look(whole))  # always: the summary tells the last one
+        self.state.gather()
+        with self.world.together():
+            if self.world.leads:
+                self.tell(records, when)
+
+    def tell(self, records: list[dict[str, Any]], when: str | None) -> None:
+        """What is measured and written by the whole model, which the first process has."""
         state = self.state
         step = {"step": state.run_step}
-        records = list(self.work.look(whole))  # always: the summary tells the last one
         if not self.has_validated():
             records.append(self.task_look.look())
             merged = {key: value for record in records for key, value in record.items()}
@@ -142,12 +176,13 @@ class StageLife:
         if state.run_step == self.saved_at:
             return
         self.log.sync()  # a checkpoint is never ahead of the log
-        with self.run.new_checkpoint(state.run_step) as folder:
-            state.save(folder)
+        self.saver.save(state)
         self.saved_at = state.run_step
+
+    def kept(self) -> list[int]:
+        """The steps at which stages ended that others will ask for."""
         asked_for = {name for stage in self.recipe.stages for _, name in earlier_stages(stage)}
-        kept = [step for name, step in state.ends.items() if name in asked_for]
-        self.run.prune(keep=2, protect=kept)
+        return [step for name, step in self.state.ends.items() if name in asked_for]
 
 
 class _Stop:

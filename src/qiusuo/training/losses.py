@@ -68,25 +68,24 @@ def make_window(
     return Window(tokens_BS, labels, mask_BTT)
 
 
-def with_gaps(window: Window, documents_BS: Tensor, most: float, seed: int) -> Window:
-    """Positions that skip: each document draws a rate from 0 to ``most``, and before each token so
-    many positions are left out on average. Distances between tokens then vary as they do in longer
-    texts, so what is learnt on short ones need not lean on them (randomised positional encodings,
-    arXiv:2305.16843)."""
+def positions_with_gaps(documents_BS: Tensor, length: int, most: float, seed: int) -> Tensor:
+    """Positions [B, ``length``] that skip: each document draws a rate from 0 to ``most``, and
+    before each token so many positions are left out on average. Distances between tokens then vary
+    as they do in longer texts, so what is learnt on short ones need not lean on them (randomised
+    positional encodings, arXiv:2305.16843)."""
     generator = torch.Generator().manual_seed(seed)
-    inputs_BT = documents_BS[:, : window.inputs.shape[1]].cpu().long() + 1  # padding is -1
+    inputs_BT = documents_BS[:, :length].cpu().long() + 1  # padding is -1
     rate_BD = most * torch.rand(len(inputs_BT), int(inputs_BT.max()) + 1, generator=generator)
     gaps_BT = torch.poisson(rate_BD.gather(1, inputs_BT), generator=generator).long()
-    positions_BT = (1 + gaps_BT).cumsum(1) - 1
-    return window._replace(positions_BT=positions_BT.to(documents_BS.device))
+    return (1 + gaps_BT).cumsum(1) - 1
 
 
 def language_model_losses(model: Transformer, window: Window) -> Losses:
     """Forward pass and every loss of one micro-batch."""
-    head_WD = model.lm_head.weight
     inputs_BT = window.inputs
     sequences, length = inputs_BT.shape
     hidden = model(inputs_BT, window.positions_BT, window.mask_BTT)
+    head_WD = model.lm_head.weight  # asked for after the pass, which gathers it if it is sharded
     routings = dict(hidden.routings)
     main = chunked_cross_entropy(hidden.x_BTD.flatten(0, 1), head_WD, window.labels[0].flatten())
     mtp: list[Tensor] = []

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
+from qiusuo.training.parallel.matrices import MatrixExchange, is_spread_matrix
+from qiusuo.training.parallel.sharding import own_part
+from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.sections import OptimizerSection
 
 # N matrices, R rows, C columns.
@@ -26,16 +29,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrices_NRC: Tensor) -> Tensor:
-    """About U Vᵀ of each matrix's singular value decomposition, in bf16; same shape."""
+def orthogonalize(matrices_NRC: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """About U Vᵀ of each matrix's singular value decomposition, in that type; same shape."""
     a, b, c = NEWTON_SCHULZ
-    x_NRC = matrices_NRC.bfloat16()
+    x_NRC = matrices_NRC.to(dtype)
     tall = x_NRC.shape[-2] > x_NRC.shape[-1]
     if tall:
         x_NRC = x_NRC.mT
     norm = torch.linalg.vector_norm(x_NRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    # The scale in bf16 too: a product of mixed types is twenty times slower on a CPU.
-    x_NRC = x_NRC.contiguous() * (1 / (norm + 1e-7)).bfloat16()
+    # The scale in that type too: a product of mixed types is twenty times slower on a CPU.
+    x_NRC = x_NRC.contiguous() * (1 / (norm + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram_NRR = torch.bmm(x_NRC, x_NRC.mT)
         poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
@@ -45,42 +48,78 @@ def orthogonalize(matrices_NRC: Tensor) -> Tensor:
 
 class Muon(Optimizer):
     """Momentum SGD with orthogonalised updates. A parameter is one matrix [R, C] or a stack
-    [..., R, C]. Weight decay is decoupled, as in AdamW."""
+    [..., R, C]. Weight decay is decoupled, as in AdamW. Of sharded parameters this process holds
+    some of a stack's matrices, or some rows of a matrix, which then goes to its owner whole.
+    ``dtype``: in which matrices are orthogonalised."""
 
-    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.bfloat16,
+        world: World = ALONE,
+    ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        self.dtype, self.world = dtype, world
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            # A tall matrix joins the wide ones as its transpose: fewer, larger products.
-            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    rows, columns = _matrix_shape(parameter)
-                    shapes[min(rows, columns), max(rows, columns)].append(parameter)
-            for parameters in shapes.values():
-                updates = [_wide(self._momentum(p, momentum), p) for p in parameters]
-                update_NRC = orthogonalize(torch.cat(updates))
-                counts = [update.shape[0] for update in updates]
-                for parameter, wide_NRC in zip(parameters, update_NRC.split(counts), strict=True):
-                    rows, columns = _matrix_shape(parameter)
-                    delta = (wide_NRC.mT if rows > columns else wide_NRC).reshape_as(parameter)
-                    # Keeps the size of the output's change the same for wide and tall matrices.
-                    size = lr * max(1.0, rows / columns) ** 0.5
-                    parameter.mul_(1 - lr * group["weight_decay"]).add_(delta, alpha=-size)
+            held = [p for p in group["params"] if p.grad is not None]
+            spread = [p for p in held if is_spread_matrix(p)]
+            here = [p for p in held if not is_spread_matrix(p)]
+            momenta = [self._momentum(p, group) for p in here]
+            self._apply(group, here, _updates(here, momenta, self.dtype))
+            if spread:
+                rows = [self._momentum(p, group) for p in spread]
+                exchange = MatrixExchange(self.world, spread)
+                owned = [spread[i] for i in exchange.owned]
+                updates = _updates(owned, exchange.gather(rows), self.dtype)
+                self._apply(group, spread, exchange.scatter(updates, rows, self.dtype))
 
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov momentum of this parameter's gradient."""
+    def _momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """Nesterov momentum of this parameter's gradient, as far as this process holds it."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum"]
-        buffer.lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(buffer, momentum)
+        buffer, grad = own_part(state["momentum"]), own_part(parameter.grad)
+        buffer.lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(buffer, group["momentum"])
+
+    def _apply(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], updates: list[Tensor]
+    ) -> None:
+        for parameter, update in zip(parameters, updates, strict=True):
+            rows, columns = _matrix_shape(parameter)
+            # Keeps the size of the output's change the same for wide and tall matrices.
+            size = group["lr"] * max(1.0, rows / columns) ** 0.5
+            own = own_part(parameter)
+            own.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+
+
+def _updates(
+    parameters: list[nn.Parameter], momenta: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Each momentum's matrices orthogonalised; matrices of one shape together."""
+    # A tall matrix joins the wide ones as its transpose: fewer, larger products.
+    shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, parameter in enumerate(parameters):
+        rows, columns = _matrix_shape(parameter)
+        shapes[min(rows, columns), max(rows, columns)].append(place)
+    updates: dict[int, Tensor] = {}
+    for places in shapes.values():
+        wide = [_wide(momenta[place], parameters[place]) for place in places]
+        update_NRC = orthogonalize(torch.cat(wide), dtype)
+        counts = [len(each) for each in wide]
+        for place, wide_NRC in zip(places, update_NRC.split(counts), strict=True):
+            rows, columns = _matrix_shape(parameters[place])
+            turned = wide_NRC.mT if rows > columns else wide_NRC
+            updates[place] = turned.reshape_as(momenta[place])
+    return [updates[place] for place in range(len(parameters))]
 
 
 def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
@@ -97,11 +136,16 @@ def _wide(momentum: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def build_optimizers(
-    model: nn.Module, section: OptimizerSection, adapter: Iterable[nn.Parameter] = ()
+    model: nn.Module,
+    section: OptimizerSection,
+    adapter: Iterable[nn.Parameter] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    world: World = ALONE,
 ) -> list[Optimizer]:
     """Every trainable parameter in exactly one optimizer. Routers, norms, embedding and head take
     AdamW, as do those of an ``adapter``. What is frozen in part is not decayed: decay would move
-    the frozen part (``expert_selection``). ValueError where nothing is trainable."""
+    the frozen part (``expert_selection``). ``dtype``: of Muon's products. ValueError where nothing
+    is trainable."""
     muon: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = list(adapter)
     plain: list[nn.Parameter] = []
@@ -122,7 +166,8 @@ def build_optimizers(
         betas = (section.beta1, section.beta2)
         optimizers.append(AdamW(groups, lr=section.adamw_learning_rate, betas=betas, fused=True))
     if groups := _groups(muon, muon_plain, section.weight_decay):
-        optimizers.append(Muon(groups, section.learning_rate, section.momentum, 0.0))
+        rate, momentum = section.learning_rate, section.momentum
+        optimizers.append(Muon(groups, rate, momentum, 0.0, dtype, world))
     if not optimizers:
         raise ValueError("nothing to train: every parameter is frozen and there is no adapter")
     for optimizer in optimizers:

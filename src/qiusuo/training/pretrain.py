@@ -21,7 +21,8 @@ class Pretraining(SupervisedSteps):
 
     def __init__(self, scene: Scene[PretrainStage]) -> None:
         stage, recipe, model = scene.stage, scene.recipe, scene.model
-        self.data = prepare(recipe, stage, scene.run.path / "tokenizer")
+        with scene.world.in_turn():
+            self.data = prepare(recipe, stage, scene.run.path / "tokenizer")
         feed = Loader(
             self.data.train,
             batch_size=stage.batch_size,
@@ -47,6 +48,7 @@ class Pretraining(SupervisedSteps):
                 sequence_length=stage.sequence_length,
                 isolate=stage.data.isolate_documents,
                 limit_tokens=None if whole else stage.validation_tokens,
+                world=self.world,
             )
         self.last_validation = seen
         record: dict[str, Any] = {

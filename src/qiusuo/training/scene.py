@@ -16,6 +16,7 @@ from qiusuo.evaluation.asking import Asker
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.folder import RunFolder
 from qiusuo.training.lora import LoRA
+from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe
 from qiusuo.training.stages import Stage
 from qiusuo.training.state import StageState
@@ -31,7 +32,7 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True)
 class Scene(Generic[S]):
     """``model`` has its weights, those that the stage begins with or the checkpoint's; ``record``
-    takes one dict in the log's form."""
+    takes one dict in the log's form. Of several processes each has its part of the weights."""
 
     recipe: Recipe
     stage: S
@@ -40,6 +41,7 @@ class Scene(Generic[S]):
     model: Transformer
     adapter: LoRA | None
     record: Record
+    world: World = ALONE
 
     @property
     def asker(self) -> Asker:

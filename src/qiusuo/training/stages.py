@@ -68,8 +68,8 @@ class LearningStage(Section):
 class SupervisedStage(LearningStage):
     """``batch_size`` sequences make one step, ``micro_batch_size`` of them one pass.
     ``position_gaps``: so many positions are skipped between tokens, at most on average, for what is
-    to work on longer texts than these (losses.with_gaps). ``extend``: what the stage begins with is
-    given a longer context, which the stages after it keep."""
+    to work on longer texts than these (losses.positions_with_gaps). ``extend``: what the stage
+    begins with is given a longer context, which the stages after it keep."""
 
     sequence_length: int = Field(ge=2)
     batch_size: int = Field(ge=1)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from qiusuo.checkpoint.training_state import save_state
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.lora import LoRA
+from qiusuo.training.parallel.sharding import empty_copy, gather_into, held_like
+from qiusuo.training.parallel.world import ALONE, World
 
 
 class Feed(Protocol):
@@ -28,7 +28,8 @@ class StageState:
     """``step`` counts this stage's finished steps, ``run_step`` the whole run's, ``planned`` is
     the stage's length once it is fixed. ``seconds`` is time spent in training steps, ``ends`` the
     run's step at which each finished stage ended. With an ``adapter`` the model's own weights are
-    frozen and not kept."""
+    frozen and not kept. Of several processes each has a state, in which weights and optimizers are
+    its own part, and all else is the same."""
 
     model: Transformer
     optimizers: list[Optimizer]
@@ -36,11 +37,15 @@ class StageState:
     stage: str
     planned: int
     adapter: LoRA | None = None
+    world: World = ALONE
     step: int = 0
     run_step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shown = empty_copy(self.model, self.world)
 
     _COUNTERS = ("stage", "planned", "step", "run_step", "tokens", "seconds", "ends")
 
@@ -50,19 +55,25 @@ class StageState:
             for group in optimizer.param_groups:
                 yield from group["params"]
 
+    def gather(self) -> None:
+        """Bring ``shown`` up to date, by all processes together."""
+        gather_into(self.shown, self.model, self.world)
+
     @contextmanager
     def whole_model(self) -> Iterator[Transformer]:
-        """The model as it is used: with the adapter inside its weights, where there is one."""
+        """The model as it is used, of this moment or of the last ``gather``: with the adapter
+        inside its weights, where there is one."""
         with nullcontext() if self.adapter is None else self.adapter.merged():
-            yield self.model
+            yield self.shown
 
-    def save(self, folder: Path) -> None:
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain values and the tensors themselves, not copies."""
         content: dict[str, Any] = {name: getattr(self, name) for name in self._COUNTERS}
         content |= {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "feed": self.feed.state_dict(),
         }
-        save_state(folder, content | weights(self.model, self.adapter))
+        return content | weights(self.model, self.adapter)
 
     def take_over(self, content: dict[str, Any]) -> None:
         """Go on from a checkpoint's content, whose weights the model has already: of this stage
@@ -74,7 +85,7 @@ class StageState:
             return
         self.step, self.planned = content["step"], content["planned"]
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(_as_held(optimizer, saved))
         self.feed.load_state_dict(content["feed"])
 
 
@@ -90,4 +101,19 @@ def take_weights(model: Transformer, adapter: LoRA | None, content: dict[str, An
     if adapter is not None:
         adapter.load_state_dict(content["adapter"])
     else:
-        model.load_state_dict(content["model"])
+        own, saved = model.state_dict(), content["model"]
+        held = {
+            name: held_like(each, own[name]) if name in own else each
+            for name, each in saved.items()
+        }
+        model.load_state_dict(held)
+
+
+def _as_held(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved optimizer's state in the form in which the parameters are held here."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        place: {name: held_like(value, parameters[place]) for name, value in values.items()}
+        for place, values in saved["state"].items()
+    }
+    return saved | {"state": state}

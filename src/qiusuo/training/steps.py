@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qiusuo.model.fp8 import in_fp8
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.balance import ExpertLoad
 from qiusuo.training.hardware import matmul_peak
+from qiusuo.training.parallel.sharding import own_part
 from qiusuo.training.scene import Record, TrainingError
 from qiusuo.training.schedule import learning_rate_share
 from qiusuo.training.stages import LearningStage
@@ -57,7 +59,9 @@ class Learning(ABC):
         routers = state.model.routers().values()
         learn = all(router.weight.requires_grad for router in routers)
         self.bias_speed = stage.balance.bias_update_speed if learn else 0.0
-        self.peak = matmul_peak(self.dtype, self.device.type)
+        self.world = state.world
+        peak = torch.tensor(matmul_peak(self.dtype, self.device.type), dtype=torch.float64)
+        self.peak = self.world.sum(peak.to(self.device)).item()
         self.paces: deque[float] = deque(maxlen=PACE_STEPS)
 
     @abstractmethod
@@ -77,8 +81,10 @@ class Learning(ABC):
         whole; training stops early where it returns true."""
         state = self.state
         while state.step < state.planned:
+            self.world.traffic.take()  # looks and checkpoints are no part of a step
             start = time.perf_counter()
             result = self.one_step()
+            self.load.add_up(self.world)
             seconds = time.perf_counter() - start
             state.step += 1
             state.run_step += 1
@@ -88,7 +94,7 @@ class Learning(ABC):
             self.record(self.log_record(result, seconds))
             self.load.update_biases(self.bias_speed)
             if self.stage.minutes is not None and state.step == PACE_STEPS:
-                state.planned = self.plan(self.stage.minutes)
+                state.planned = self.world.first(self.plan(self.stage.minutes))
             if self.enough():
                 state.planned = state.step
             if after_step():
@@ -114,7 +120,7 @@ class Learning(ABC):
         state = self.state
         share = learning_rate_share(self.stage.schedule, state.step, state.planned)
         parameters = [p for p in state.trained() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.clip).item()
+        norm = self.clip([own_part(p.grad) for p in parameters if p.grad is not None])
         if math.isfinite(norm) and math.isfinite(loss):
             for optimizer in state.optimizers:
                 for group in optimizer.param_groups:
@@ -130,6 +136,15 @@ class Learning(ABC):
             f"step {step}: loss is {loss}, gradient norm {norm}: not finite. "
             "Lower the learning rates, or set precision to float32"
         )
+
+    def clip(self, grads: list[Tensor]) -> float:
+        """Scale the gradients, of which each process has its part, down to the norm that the
+        recipe allows; their norm before."""
+        norm = self.world.total_norm(torch.nn.utils.get_total_norm(grads))
+        factor = (self.stage.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+        return norm.item()
 
     def plan(self, minutes: float) -> int:
         """Steps that fit into ``minutes`` at the median pace so far."""
@@ -153,6 +168,9 @@ class Learning(ABC):
         if result.flops is not None:
             entry["flops_per_second"] = result.flops / seconds
             entry["peak_share"] = result.flops / seconds / self.peak
+        if self.world.size > 1:
+            sent = torch.tensor(self.world.traffic.take(), dtype=torch.float64, device=self.device)
+            entry["communication_bytes"] = int(self.world.sum(sent))
         if self.load.counts:
             entry["max_violation"] = list(self.load.max_violation().values())
             if state.run_step % LOAD_EVERY == 0 or state.step == state.planned:

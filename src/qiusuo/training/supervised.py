@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from qiusuo.data.batch import Batch
 from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.cost import measure
-from qiusuo.training.losses import Window, language_model_losses, make_window, with_gaps
+from qiusuo.training.losses import Window, language_model_losses, make_window, positions_with_gaps
+from qiusuo.training.optimizers import Muon
+from qiusuo.training.parallel.matrices import is_spread_matrix
+from qiusuo.training.parallel.traffic import step_bytes
 from qiusuo.training.scene import Record
 from qiusuo.training.seeds import seed_of
 from qiusuo.training.stages import SupervisedStage
@@ -39,58 +42,86 @@ class SupervisedSteps(Learning):
         if stage.compile:
             self.forward = torch.compile(language_model_losses, dynamic=False)
         self.flops_per_token = measure(state.model.config).training_flops(stage.sequence_length)
+        self.depth = state.model.config.num_nextn_predict_layers
         self.batches = cast(Iterator[Batch], state.feed)
 
     def one_step(self) -> StepResult:
         return self.learn(next(self.batches))
 
     def learn(self, batch: Batch) -> StepResult:
-        stage = self.stage
+        """``batch`` is all processes'; this one learns its rows, and the sums are over all."""
+        stage, world = self.stage, self.world
         windows = self.cut(batch)
-        counts = [
-            max(1, sum(int((w.labels[ahead] != IGNORE).sum()) for w in windows))
-            for ahead in range(len(windows[0].labels))
-        ]
-        main = mtp = balance = torch.zeros((), device=self.device)
+        counted = [sum(_labels(w, ahead) for w in windows) for ahead in range(self.depth + 1)]
+        counts = world.sum(torch.tensor(counted, device=self.device)).clamp_min(1)
+        nats = torch.zeros(self.depth + 2, device=self.device)  # main, each MTP module, balance
         for window in windows:
             with self.autocast():
                 losses = self.forward(self.state.model, window)
-            main = main + losses.main.detach() / counts[0]
-            total = losses.main / counts[0]
+            main = losses.main / counts[0]
+            total, parts = main, [main]
             if losses.mtp:
-                per_module = torch.stack(losses.mtp) / torch.tensor(counts[1:], device=self.device)
+                per_module = torch.stack(losses.mtp) / counts[1:]
                 total = total + stage.mtp_weight * per_module.mean()
-                mtp = mtp + per_module.detach()
-            balance = balance + losses.balance.detach() / len(windows)
-            (total + stage.balance.sequence_weight * losses.balance / len(windows)).backward()
+                parts += per_module.unbind()
+            # Every row counts alike, however a batch is cut.
+            balance = losses.balance * (len(window.tokens_BS) / stage.batch_size)
+            (total + stage.balance.sequence_weight * balance).backward()
+            nats += torch.stack([*parts, balance]).detach()
             self.load.add(losses.routings)
-        loss = main.item()
+        nats = world.sum(nats)
+        loss = nats[0].item()
         norm = self.apply_gradients(loss)
-        more = {"balance_loss": balance.item()}
-        if mtp.ndim:
-            more["mtp_loss"] = mtp.mean().item()
+        more: dict[str, Any] = {"balance_loss": nats[-1].item()}
+        if world.size > 1:
+            more["communication_bytes_modelled"] = self.modelled_bytes()
+        if self.depth:
+            more["mtp_loss"] = nats[1:-1].mean().item()
         # What is packed is computed, counted in the loss or not.
         flops = self.flops_per_token * stage.batch_size * stage.sequence_length
-        return StepResult(loss, norm, counts[0], more, flops)
+        return StepResult(loss, norm, int(counts[0]), more, flops)
+
+    def modelled_bytes(self) -> int:
+        """What all processes should send in one step: see ``step_bytes``."""
+        stage, size = self.stage, self.world.size
+        matrices = [
+            parameter
+            for optimizer in self.state.optimizers
+            if isinstance(optimizer, Muon)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if is_spread_matrix(parameter)
+        ]
+        rows = stage.batch_size // size
+        passes = -(-rows // min(rows, stage.micro_batch_size or rows))
+        # Token counts and the norm in eight bytes each, losses and expert counts in four.
+        experts = sum(len(router.weight) for router in self.state.model.routers().values())
+        told = 8 * (self.depth + 2) + 4 * (self.depth + 2) + 4 * experts
+        itemsize = self.dtype.itemsize
+        return step_bytes(self.state.model, passes, matrices, itemsize, told, size)
 
     def cut(self, batch: Batch) -> list[Window]:
-        """The micro-batches of one step."""
+        """This process's rows, as the micro-batches of one step."""
         stage = self.stage
-        size = stage.micro_batch_size or stage.batch_size
-        depth = self.state.model.config.num_nextn_predict_layers
-        gaps = stage.position_gaps
-
-        def rows(x_BS: Tensor, start: int) -> Tensor:
-            return x_BS[start : start + size].to(self.device)
-
+        own = self.world.share(stage.batch_size)
+        positions_BT: Tensor | None = None
+        if stage.position_gaps:  # drawn for the whole batch: the same however it is cut
+            length = batch.tokens_BS.shape[1] - 1 - self.depth
+            seed = seed_of(f"{self.gaps_seed}/{self.state.step}")
+            gaps = stage.position_gaps
+            positions_BT = positions_with_gaps(batch.documents_BS, length, gaps, seed)
         windows = []
-        for start in range(0, stage.batch_size, size):
-            tokens_BS, documents_BS, valid_BS = (
-                rows(part, start) for part in (batch.tokens_BS, batch.documents_BS, batch.valid_BS)
-            )
-            window = make_window(tokens_BS, documents_BS, valid_BS, depth, self.isolate)
-            if gaps:
-                seed = seed_of(f"{self.gaps_seed}/{self.state.step}/{start}")
-                window = with_gaps(window, documents_BS, gaps, seed)
+        size = stage.micro_batch_size or stage.batch_size
+        for start in range(own.start, own.stop, size):
+            rows = slice(start, min(start + size, own.stop))
+            parts = (batch.tokens_BS, batch.documents_BS, batch.valid_BS)
+            each = [part[rows].to(self.device) for part in parts]
+            window = make_window(each[0], each[1], each[2], self.depth, self.isolate)
+            if positions_BT is not None:
+                window = window._replace(positions_BT=positions_BT[rows].to(self.device))
             windows.append(window)
         return windows
+
+
+def _labels(window: Window, ahead: int) -> int:
+    return int((window.labels[ahead] != IGNORE).sum())

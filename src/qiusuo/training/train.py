@@ -21,6 +21,8 @@ from qiusuo.training.finish import draw_report, mend_papers
 from qiusuo.training.given_tasks import check_task, stage_tasks
 from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.life import StageLife
+from qiusuo.training.parallel.limits import check_shared
+from qiusuo.training.parallel.world import ALONE, World, tells_of_a_death
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe
 from qiusuo.training.rl.reinforce import resolved
 from qiusuo.training.scene import TrainingError
@@ -55,8 +57,10 @@ def train(
     *,
     device: str = "cpu",
     only_stage: str | None = None,
+    world: World = ALONE,
 ) -> bool:
-    """Live the recipe from the run's last checkpoint on. False where it was interrupted.
+    """Live the recipe from the run's last checkpoint on. False where it was interrupted. Of several
+    processes each calls it, with the run as ``open_run`` gave it.
 
     Raises TrainingError, RunError, DataError or CheckpointError with the run marked as failed and
     its last checkpoint intact; RecipeError for an ``only_stage`` that is not there or whose turn it
@@ -69,7 +73,7 @@ def train(
         mend_papers(run)
         return True
     if only_stage is not None:
-        _check_turn(recipe, only_stage, last_state(run))
+        _check_turn(recipe, only_stage, last_state(run, world))
     life: StageLife | None = None
     keep_freed_memory()
     torch.set_flush_denormal(True)  # probabilities near zero make a CPU ten times slower otherwise
@@ -77,10 +81,12 @@ def train(
         if fault := device_fault(device):  # before any work is done
             raise TrainingError(fault)
         _check(recipe)
-        for stage in _stages_left(recipe, last_state(run)):
-            if only_stage not in (None, stage.name):
-                continue
-            life = StageLife(recipe, stage, run, device)
+        left = _stages_left(recipe, last_state(run, world))
+        stages = [stage for stage in left if only_stage in (None, stage.name)]
+        with world.together():
+            check_shared(recipe, stages, world.size)
+        for stage in stages:
+            life = StageLife(recipe, stage, run, device, world)
             if not life.live(last=stage is recipe.stages[-1]):
                 return False
         if life is not None and run.status().get("state") == "running":
@@ -136,6 +142,7 @@ def _mark(run: RunFolder, life: StageLife | None, error: BaseException) -> None:
     place = {} if life is None else life.place()
     try:
         run.set_status(stopped, **place, error=str(error) or type(error).__name__)
-        draw_report(run)
+        if not tells_of_a_death(error):  # then all is begun again at once
+            draw_report(run)
     except (RunError, OSError):
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.balance import ExpertLoad
 from qiusuo.training.losses import language_model_losses, make_window
+from qiusuo.training.parallel.sharding import let_go
+from qiusuo.training.parallel.world import ALONE, World
 
 # B sequences, T tokens, M = B*T, D hidden.
 
@@ -42,8 +44,10 @@ def validate(
     sequence_length: int,
     isolate: bool,
     limit_tokens: int | None = None,
+    world: World = ALONE,
 ) -> Validation:
-    """Every token of the splits is predicted once (of each, the first ``limit_tokens``)."""
+    """Every token of the splits is predicted once (of each, the first ``limit_tokens``). Several
+    processes share the batches, and each is told the whole."""
     depth = model.config.num_nextn_predict_layers
     totals, load = _Totals(depth), ExpertLoad(model)
     characters = 0.0
@@ -56,10 +60,15 @@ def validate(
             lookahead=depth,
             limit_tokens=limit_tokens,
         )
-        for batch in batches:
-            _add_batch(model, batch, totals, load, isolate)
+        own = _Totals(depth)
+        for batch, counts in _shared(batches, world):
+            # A pass over sharded weights is made by all, also by those who have no batch left.
+            _add_batch(model, batch, own if counts else _Totals(depth), load, counts, isolate)
+        totals.add(own, world)
         # The share of the split that was looked at; every token but the first can be.
         characters += shards.characters * (totals.predicted - before) / (shards.tokens - 1)
+    let_go(model)
+    load.add_up(world)
     loss = totals.nats / totals.tokens
     return Validation(
         loss=loss,
@@ -71,15 +80,48 @@ def validate(
     )
 
 
+def _shared(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, the same number on each: with False, one that another counts."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) == world.size:
+            yield waiting[world.rank], True
+            waiting = []
+    if waiting:
+        yield waiting[min(world.rank, len(waiting) - 1)], world.rank < len(waiting)
+
+
 class _Totals:
     def __init__(self, depth: int) -> None:
         self.nats, self.tokens, self.predicted = 0.0, 0, 0
         self.mtp_nats, self.mtp_tokens = [0.0] * depth, [0] * depth
         self.agreed, self.compared = [0] * depth, [0] * depth
 
+    def add(self, other: _Totals, world: World) -> None:
+        """What all processes counted in ``other``."""
+        depth = len(self.mtp_nats)
+        single = [other.nats, other.tokens, other.predicted]
+        each = [*other.mtp_nats, *other.mtp_tokens, *other.agreed, *other.compared]
+        numbers = torch.tensor([*single, *each], dtype=torch.float64)
+        nats, tokens, predicted, *rest = world.sum(numbers).tolist()
+        self.nats += nats
+        self.tokens += int(tokens)
+        self.predicted += int(predicted)
+        for k in range(depth):
+            self.mtp_nats[k] += rest[k]
+            self.mtp_tokens[k] += int(rest[depth + k])
+            self.agreed[k] += int(rest[2 * depth + k])
+            self.compared[k] += int(rest[3 * depth + k])
+
 
 def _add_batch(
-    model: Transformer, batch: Batch, totals: _Totals, load: ExpertLoad, isolate: bool
+    model: Transformer,
+    batch: Batch,
+    totals: _Totals,
+    load: ExpertLoad,
+    counts: bool,
+    isolate: bool,
 ) -> None:
     depth = model.config.num_nextn_predict_layers
     device = model.lm_head.weight.device
@@ -88,7 +130,8 @@ def _add_batch(
     )
     window = make_window(tokens_BS, documents_BS, valid_BS, depth, isolate)
     losses = language_model_losses(model, window)
-    load.add(losses.routings)
+    if counts:
+        load.add(losses.routings)
     totals.nats += losses.main.item()
     totals.tokens += int((window.labels[0] != IGNORE).sum())
     totals.predicted += int(valid_BS[:, 1 : window.labels[0].shape[1] + 1].sum())

@@ -1,0 +1,86 @@
+"""Fully sharded data parallel: every weight, gradient and optimizer state lies in W pieces.
+
+Process r of W holds the r-th part of the rows of each parameter (of stacked experts: its experts).
+Before a block runs its weights are gathered, afterwards they are let go; its gradients are added
+up over the processes and each keeps its part (ZeRO-3, arXiv:1910.02054; here PyTorch's
+``fully_shard``). So an optimizer, which looks at one number at a time, does on its part what it
+would do on the whole. Muon looks at whole matrices: matrices.py.
+
+What every process must hold at once is the largest block, gathered, beside its W-th of the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from qiusuo.model.transformer import Transformer
+from qiusuo.training.parallel.traffic import CountedAllGather, CountedReduceScatter
+from qiusuo.training.parallel.world import World
+
+
+def shard(model: Transformer, world: World) -> None:
+    """Let this process keep its part of every parameter: the same model must be on all. Embedding,
+    head and last norm are gathered once a pass, since the losses read the head past its module."""
+    if world.mesh is None:
+        return
+    for block in (*model.model.main_blocks, *model.model.mtp_blocks):
+        fully_shard(block, mesh=world.mesh)
+        if block in model.model.mtp_blocks:
+            register_fsdp_forward_method(block, "predict")
+    fully_shard(model, mesh=world.mesh)
+    gather, reduce = CountedAllGather(world.traffic), CountedReduceScatter(world.traffic)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(gather)
+            module.set_custom_reduce_scatter(reduce)
+            # A loss is divided by all tokens of the batch, so gradients add up to the batch's.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def let_go(model: Transformer) -> None:
+    """After passes without a backward pass: free what they left gathered, which would be stale
+    after a step, and forget their order, by which the next backward pass would gather too much."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, all of it where it is whole; not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_like(saved: Any, held: Tensor) -> Any:
+    """A saved tensor in the form in which this process holds ``held``: its part of it where that
+    is sharded and the saved one is whole, of the same shape. Anything else is left as it is."""
+    sharded = isinstance(held, DTensor) and not isinstance(saved, DTensor)
+    if not (sharded and isinstance(saved, Tensor) and saved.shape == held.shape):
+        return saved
+    assert isinstance(held, DTensor)
+    part = saved.to(held.device)
+    return distribute_tensor(part, held.device_mesh, [Shard(0)], src_data_rank=None)
+
+
+def empty_copy(model: Transformer, world: World) -> Transformer:
+    """What ``gather_into`` fills: a whole model on the first process. It is the model itself where
+    there is one process, and of no use on the others."""
+    if world.size == 1 or not world.leads:
+        return model
+    return Transformer(model.config).to(model.lm_head.weight.device)
+
+
+@torch.no_grad()
+def gather_into(copy: Transformer, model: Transformer, world: World) -> None:
+    """Put the weights of this moment, of all processes, into the first one's copy."""
+    if world.size == 1:
+        return
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if world.leads:
+        copy.load_state_dict(state)
