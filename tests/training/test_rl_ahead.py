@@ -151,7 +151,7 @@ def test_the_first_batch_is_that_of_sampling_in_step(
     ahead: Make, trying: Make, precision: str
 ) -> None:
     """Refills, experts, verdicts and the questions' places included."""
-    changes: dict[str, Any] = {"precision": precision, "group": 2, "max_tokens": 14}
+    changes: dict[str, Any] = {"precision": precision, "group": 2, "max_tokens": 3}
     one, other = ahead(**changes), trying(**changes)
     found, expected = one.ask(), other.ask()
     assert expected.refills > 0
