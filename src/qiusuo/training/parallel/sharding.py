@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qiusuo.model.transformer import Transformer
+from qiusuo.training.parallel.experts import share_experts
 from qiusuo.training.parallel.traffic import CountedAllGather, CountedReduceScatter
 from qiusuo.training.parallel.world import World
 
@@ -29,11 +30,12 @@ def shard(model: Transformer, world: World) -> None:
     head and last norm are gathered once a pass, since the losses read the head past its module."""
     if world.mesh is None:
         return
+    placed = share_experts(model, world) if world.expert_parallel else set()
     for block in (*model.model.main_blocks, *model.model.mtp_blocks):
-        fully_shard(block, mesh=world.mesh)
+        fully_shard(block, mesh=world.mesh, ignored_params=placed)
         if block in model.model.mtp_blocks:
             register_fsdp_forward_method(block, "predict")
-    fully_shard(model, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh, ignored_params=placed)
     gather, reduce = CountedAllGather(world.traffic), CountedReduceScatter(world.traffic)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -49,11 +51,6 @@ def let_go(model: Transformer) -> None:
     after a step, and forget their order, by which the next backward pass would gather too much."""
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, all of it where it is whole; not a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def held_like(saved: Any, held: Tensor) -> Any:
