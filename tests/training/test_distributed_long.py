@@ -103,6 +103,32 @@ def test_expert_parallel(
     processes.assert_parity(run, undisturbed)
 
 
+def test_a_full_disk_is_said_once_and_costs_no_checkpoint(
+    home: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(words, check=False).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        run, ballast = disk / "run", disk / "ballast"
+        lives.live_until(lives.recipe_for(corpus), run, 10)
+        state = (lives.last_checkpoint(run) / "state.pt").stat().st_size
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - state // 2))
+        process = processes.train(home, 2, "--resume", "--run", run)
+        code, _, err = processes.ended(process)
+        assert code == 1, err
+        assert err.startswith("qiusuo: the disk is full: could not write"), err
+        assert err.count("\n") == 1, err
+        assert lives.last_checkpoint(run).name == "step-00000010"
+        ballast.unlink()
+        finish(processes.train(home, 2, "--resume", "--run", run))
+        processes.assert_parity(run, undisturbed)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
