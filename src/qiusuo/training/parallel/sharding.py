@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from qiusuo.model.cost import meta_model
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.parallel.experts import share_experts
 from qiusuo.training.parallel.traffic import CountedAllGather, CountedReduceScatter
@@ -69,7 +70,10 @@ def empty_copy(model: Transformer, world: World) -> Transformer:
     there is one process, and of no use on the others."""
     if world.size == 1 or not world.leads:
         return model
-    return Transformer(model.config).to(model.lm_head.weight.device)
+    copy = meta_model(model.config).to_empty(device=model.lm_head.weight.device)
+    if model.config.tie_word_embeddings:
+        copy.lm_head.weight = copy.model.embed_tokens.weight
+    return copy
 
 
 @torch.no_grad()
