@@ -113,11 +113,14 @@ def train(
         int | None,
         typer.Option(min=1, help="Processes on this machine that share the work (or torchrun)."),
     ] = None,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Processes send tokens to experts.")
+    ] = False,
 ) -> None:
     """Live a recipe: train its stages in a run folder."""
     from qiusuo.train_command import Order, carry_out
 
-    order = Order(recipe, tuple(set_ or ()), run, resume, stage, device)
+    order = Order(recipe, tuple(set_ or ()), run, resume, stage, device, expert_parallel)
     if code := carry_out(order, nproc):
         raise typer.Exit(code)
 

@@ -20,7 +20,8 @@ from qiusuo.training.train import resume_run, start_run, train
 @dataclass(frozen=True)
 class Order:
     """What was asked for: a new run of ``recipe`` with ``changes``, in ``path``, or with ``resume``
-    to go on with the run there; ``stage``: that one alone."""
+    to go on with the run there; ``stage``: that one alone; ``expert_parallel``: let tokens go to
+    their experts, where there are several processes."""
 
     recipe: str | None
     changes: tuple[str, ...]
@@ -28,6 +29,7 @@ class Order:
     resume: bool
     stage: str | None
     device: str
+    expert_parallel: bool = False
 
     def check(self) -> Recipe | None:
         """The recipe of a new run. RecipeError where the words do not fit together."""
@@ -48,6 +50,10 @@ class Order:
 def carry_out(order: Order, nproc: int | None) -> int:
     """Train, and say where the run is. The exit code: 0, or 130 where it was stopped and saved."""
     recipe = order.check()
+    if order.expert_parallel and max(nproc or 1, processes()) == 1:
+        raise RecipeError(
+            "--expert-parallel needs several processes: give --nproc, or use torchrun"
+        )
     if nproc is None or nproc == 1:
         return _work(order)
     if processes() > 1:
@@ -78,7 +84,7 @@ def _worker(order: Order) -> int:
 
 def _work(order: Order) -> int:
     with ExitStack() as stack:
-        world, device = stack.enter_context(join_world(order.device))
+        world, device = stack.enter_context(join_world(order.device, order.expert_parallel))
         if not world.leads:
             silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(silence))

@@ -86,6 +86,49 @@ def test_fine_tuning_with_gaps_and_odd_micro_batches(home: Path, tmp_path: Path)
     processes.assert_parity(tmp_path / "run", tmp_path / "alone")
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_expert_parallel(
+    home: Path, recipe_file: Path, undisturbed: Path, tmp_path: Path, count: int
+) -> None:
+    """Interrupted, and gone on with as plain data parallel: a state is the same for both."""
+    run = tmp_path / "run"
+    process = processes.train(home, count, recipe_file, "--run", run, "--expert-parallel")
+    processes.wait_for_step(process, run, 14)
+    process.send_signal(signal.SIGINT)
+    finish(process, 130)
+    for record in processes.told(run, "step"):  # an even load is what is foretold
+        foretold = record["communication_bytes_modelled"]
+        assert record["communication_bytes"] == pytest.approx(foretold, rel=0.1)
+    finish(processes.train(home, 2, "--resume", "--run", run))
+    processes.assert_parity(run, undisturbed)
+
+
+def test_a_full_disk_is_said_once_and_costs_no_checkpoint(
+    home: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(words, check=False).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        run, ballast = disk / "run", disk / "ballast"
+        lives.live_until(lives.recipe_for(corpus), run, 10)
+        state = (lives.last_checkpoint(run) / "state.pt").stat().st_size
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - state // 2))
+        process = processes.train(home, 2, "--resume", "--run", run)
+        code, _, err = processes.ended(process)
+        assert code == 1, err
+        assert err.startswith("qiusuo: the disk is full: could not write"), err
+        assert err.count("\n") == 1, err
+        assert lives.last_checkpoint(run).name == "step-00000010"
+        ballast.unlink()
+        finish(processes.train(home, 2, "--resume", "--run", run))
+        processes.assert_parity(run, undisturbed)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
@@ -124,7 +167,7 @@ def test_two_hosts(
     for number, name in enumerate(hosts, 1):
         options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
         options += ["--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test"]
-        options += ["--local-addr", f"10.77.0.{number}"]
+        options += ["--local-addr", f"10.77.0.{number}", "--rdzv-conf", f"is_host={number == 1}"]
         words = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
         words += [*options, "-m", "--", "qiusuo", "train", str(recipe_file), "--run", str(run)]
         environment = lives.environment(home) | {"GLOO_SOCKET_IFNAME": f"veth{number}"}

@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.training_state import SHARDS, load_state, save_shards
+from qiusuo.kernels.experts import experts_reference
+from qiusuo.model.moe import Routing
+from qiusuo.training.parallel.experts import visit
 from qiusuo.training.parallel.limits import check_shared
-from qiusuo.training.parallel.matrices import MatrixExchange
-from qiusuo.training.parallel.sharding import held_like, own_part
+from qiusuo.training.parallel.matrices import MatrixExchange, own_part
+from qiusuo.training.parallel.sharding import held_like
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import RecipeError, parse_recipe
 from tests.training import lives, tasks
@@ -84,6 +88,48 @@ def test_matrices_go_whole_to_one_owner_and_rows_come_back(size: int) -> None:
 
     answers = in_threads(size, work)
     assert sorted(place for owned, _ in answers for place in owned) == list(range(len(shapes)))
+
+
+@pytest.mark.parametrize(("size", "used"), [(1, 6), (2, 6), (3, 6), (3, 3), (6, 1)])
+def test_tokens_visit_experts_and_come_home(size: int, used: int) -> None:
+    """As if all tokens and all experts were in one place; of six experts only the first ``used``
+    are asked, so that to some processes nobody comes."""
+    generator = torch.Generator().manual_seed(size)
+    gate_up_EGD = torch.randn(6, 8, 5, generator=generator, requires_grad=True)
+    down_EDF = torch.randn(6, 5, 4, generator=generator, requires_grad=True)
+    chosen = min(2, used)
+    given = []
+    for rank in range(size):
+        x_MD = torch.randn(rank + 3, 5, generator=generator, requires_grad=True)
+        weights_MK = torch.rand(rank + 3, chosen, generator=generator, requires_grad=True)
+        scores_ME = torch.rand(rank + 3, used, generator=generator)
+        given.append((x_MD, weights_MK, scores_ME.topk(chosen).indices))
+    wanted, grads = [], []
+    for x_MD, weights_MK, indices_MK in given:
+        out_MD = experts_reference(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF)
+        wanted.append(out_MD)
+        grads.append(torch.randn(out_MD.shape, generator=generator))
+    inputs = [x for x, _, _ in given] + [weights for _, weights, _ in given]
+    both = torch.autograd.grad(wanted, [*inputs, gate_up_EGD, down_EDF], grads)
+
+    def work(world: World) -> tuple[Tensor, ...]:
+        x_MD, weights_MK, indices_MK = given[world.rank]
+        own = SimpleNamespace(
+            gate_up_proj=gate_up_EGD.detach().chunk(size)[world.rank].requires_grad_(),
+            down_proj=down_EDF.detach().chunk(size)[world.rank].requires_grad_(),
+        )
+        routing = Routing(torch.empty(0), indices_MK, weights_MK)
+        out_MD = visit(own, world, x_MD, routing)  # type: ignore[arg-type]
+        leaves = [x_MD, weights_MK, own.gate_up_proj, own.down_proj]
+        return out_MD, *torch.autograd.grad(out_MD, leaves, grads[world.rank])
+
+    answers = in_threads(size, work)
+    for rank, (out_MD, grad_x_MD, grad_weights_MK, _, _) in enumerate(answers):
+        torch.testing.assert_close(out_MD, wanted[rank])
+        torch.testing.assert_close(grad_x_MD, both[rank])
+        torch.testing.assert_close(grad_weights_MK, both[size + rank])
+    torch.testing.assert_close(torch.cat([answer[3] for answer in answers]), both[-2])
+    torch.testing.assert_close(torch.cat([answer[4] for answer in answers]), both[-1])
 
 
 @pytest.fixture

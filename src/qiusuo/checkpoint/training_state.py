@@ -66,6 +66,15 @@ def save_shards(
     return cast(Future[Any], written)
 
 
+def wait_for(writing: Future[Any]) -> None:
+    """Until ``save_shards`` has ended on all processes; the error of the first that failed."""
+    try:
+        writing.result()
+    except dcp.CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from None
+
+
 def load_state(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Read what ``save_state`` or ``save_shards`` wrote; nothing in the files is executed. Sharded
     tensors come whole, or, with a mesh, as this process's part of them."""

@@ -46,7 +46,8 @@ class StageLife:
         model = build_model(recipe, self.tokenizer, stage.name).to(device)
         check_prompts(stage, self.tokenizer, model.config.max_position_embeddings)
         adapter = attach_adapter(recipe, model)
-        shard(model, world)
+        with world.together():
+            shard(model, world)
         checkpoint = last_state(run, world)
         if checkpoint is not None:
             take_weights(model, adapter, self.starting_weights(checkpoint))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from qiusuo.training.parallel.matrices import MatrixExchange, is_spread_matrix
-from qiusuo.training.parallel.sharding import own_part
+from qiusuo.training.parallel.matrices import MatrixExchange, is_spread_matrix, own_part
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.sections import OptimizerSection
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from qiusuo.checkpoint.training_state import save_shards, save_state
+from qiusuo.checkpoint.training_state import save_shards, save_state, wait_for
 from qiusuo.runs.folder import RunFolder
 from qiusuo.training.parallel.world import PATIENCE, World
 from qiusuo.training.state import StageState
@@ -52,8 +52,10 @@ class Saver:
 
     def look(self) -> None:
         """Give a checkpoint its name if it is whole by now. The first process is told of the
-        others' last bytes before its own writing counts as done, so it alone can say."""
-        if self.world.leads and self.writing is not None and self.writing.done():
+        others' last bytes before its own writing counts as done, so it alone can say. A failure
+        waits for ``settle``, where all meet it."""
+        writing = self.writing
+        if self.world.leads and writing is not None and writing.done() and not writing.exception():
             self._finish()
 
     def settle(self) -> None:
@@ -67,6 +69,6 @@ class Saver:
         writing, self.writing = self.writing, None
         with self.draft.pop_all():
             if writing is not None:
-                writing.result()
+                wait_for(writing)
         if writing is not None:
             self.run.prune(keep=2, protect=self.kept())

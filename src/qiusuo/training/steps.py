@@ -24,7 +24,7 @@ from qiusuo.model.fp8 import in_fp8
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.balance import ExpertLoad
 from qiusuo.training.hardware import matmul_peak
-from qiusuo.training.parallel.sharding import own_part
+from qiusuo.training.parallel.matrices import own_part
 from qiusuo.training.scene import Record, TrainingError
 from qiusuo.training.schedule import learning_rate_share
 from qiusuo.training.stages import LearningStage

@@ -98,7 +98,17 @@ class SupervisedSteps(Learning):
         experts = sum(len(router.weight) for router in self.state.model.routers().values())
         told = 8 * (self.depth + 2) + 4 * (self.depth + 2) + 4 * experts
         itemsize = self.dtype.itemsize
-        return step_bytes(self.state.model, passes, matrices, itemsize, told, size)
+        visits = self.visit_bytes() if self.world.expert_parallel else 0
+        return step_bytes(self.state.model, passes, matrices, itemsize, told, visits, size)
+
+    def visit_bytes(self) -> int:
+        """Of a step's rows on their way to experts: there and back, forward and backward; and once
+        the expert's number, in eight bytes."""
+        model, stage = self.state.model, self.stage
+        tokens = stage.batch_size * stage.sequence_length
+        choices = [router.choice.per_token for router in model.routers().values()]
+        row = 4 * model.config.hidden_size * self.dtype.itemsize + 8
+        return tokens * sum(choices) * row
 
     def cut(self, batch: Batch) -> list[Window]:
         """This process's rows, as the micro-batches of one step."""

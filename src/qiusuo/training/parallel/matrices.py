@@ -77,6 +77,11 @@ class MatrixExchange:
         return max(0, min(each, rows - rank * each)) * columns
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, all of it where it is whole; not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_spread_matrix(parameter: Tensor) -> bool:
     """Whether the parameter is one matrix of which this process has some rows."""
     return isinstance(parameter, DTensor) and parameter.ndim == 2

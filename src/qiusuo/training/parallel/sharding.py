@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from qiusuo.model.cost import meta_model
 from qiusuo.model.transformer import Transformer
+from qiusuo.training.parallel.experts import share_experts
 from qiusuo.training.parallel.traffic import CountedAllGather, CountedReduceScatter
 from qiusuo.training.parallel.world import World
 
@@ -29,11 +31,12 @@ def shard(model: Transformer, world: World) -> None:
     head and last norm are gathered once a pass, since the losses read the head past its module."""
     if world.mesh is None:
         return
+    placed = share_experts(model, world) if world.expert_parallel else set()
     for block in (*model.model.main_blocks, *model.model.mtp_blocks):
-        fully_shard(block, mesh=world.mesh)
+        fully_shard(block, mesh=world.mesh, ignored_params=placed)
         if block in model.model.mtp_blocks:
             register_fsdp_forward_method(block, "predict")
-    fully_shard(model, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh, ignored_params=placed)
     gather, reduce = CountedAllGather(world.traffic), CountedReduceScatter(world.traffic)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -49,11 +52,6 @@ def let_go(model: Transformer) -> None:
     after a step, and forget their order, by which the next backward pass would gather too much."""
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, all of it where it is whole; not a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def held_like(saved: Any, held: Tensor) -> Any:
@@ -72,7 +70,10 @@ def empty_copy(model: Transformer, world: World) -> Transformer:
     there is one process, and of no use on the others."""
     if world.size == 1 or not world.leads:
         return model
-    return Transformer(model.config).to(model.lm_head.weight.device)
+    copy = meta_model(model.config).to_empty(device=model.lm_head.weight.device)
+    if model.config.tie_word_embeddings:
+        copy.lm_head.weight = copy.model.embed_tokens.weight
+    return copy
 
 
 @torch.no_grad()

@@ -25,25 +25,34 @@ from qiusuo.model.transformer import Transformer
 
 
 def step_bytes(
-    model: Transformer, passes: int, matrices: Iterable[Tensor], itemsize: int, told: int, size: int
+    model: Transformer,
+    passes: int,
+    matrices: Iterable[Tensor],
+    itemsize: int,
+    told: int,
+    visits: int,
+    size: int,
 ) -> int:
     """What ``size`` processes send in one training step, all together. A pass, of one micro-batch,
     gathers each block's weights twice, forward and backward, and the rest once, and scatters the
     gradients of all. Each of Muon's ``matrices`` goes to its owner in its own type, and its update
-    comes back in numbers of ``itemsize`` bytes. ``told``: bytes of numbers that are added up."""
+    comes back in numbers of ``itemsize`` bytes. ``told``: bytes of numbers that are added up.
+    ``visits``: bytes of the rows that go to experts and back in the step, all taken together; where
+    there are some the experts' weights stay, and an even load is what is reckoned with."""
 
     def spread(module: nn.Module) -> int:
         """Bytes of its parameters, each padded to as many rows for every process."""
         return sum(
             -(-len(p) // size) * size * (p.numel() // max(1, len(p))) * p.element_size()
-            for p in module.parameters()
+            for name, p in module.named_parameters()
+            if not (visits and ".experts." in name)
         )
 
     blocks = sum(spread(block) for block in model.model.layers)
     rest = spread(model) - blocks
     exchanged = sum(m.numel() * (m.element_size() + itemsize) for m in matrices)
     sent = passes * (3 * blocks + 2 * rest) + 2 * told + exchanged / size
-    return round((size - 1) * sent)
+    return round((size - 1) * (sent + visits / size))
 
 
 class Traffic:

@@ -38,6 +38,7 @@ class World:
     rank = 0
     size = 1
     mesh: DeviceMesh | None = None
+    expert_parallel = False  # tokens go to their experts, see experts.py
 
     def __init__(self) -> None:
         self.traffic = Traffic(1)
@@ -94,7 +95,8 @@ class Several(World):
     """This process among others, over ``torch.distributed``. ``control`` carries the small things
     that processes agree on, always over gloo."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, expert_parallel: bool) -> None:
+        self.expert_parallel = expert_parallel
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.traffic = Traffic(self.size)
         self.mesh = dist.init_device_mesh(torch.device(device).type, (self.size,))
@@ -176,7 +178,7 @@ def restarts() -> int:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[tuple[World, str]]:
+def join_world(device: str, expert_parallel: bool = False) -> Iterator[tuple[World, str]]:
     """Meet the processes that the launcher started with this one, if any: the world, and the
     device that is this process's own."""
     if processes() == 1:
@@ -189,6 +191,6 @@ def join_world(device: str) -> Iterator[tuple[World, str]]:
         torch.accelerator.set_device_index(torch.device(device).index)
         dist.init_process_group(timeout=PATIENCE)
     try:
-        yield Several(device), device
+        yield Several(device, expert_parallel), device
     finally:
         dist.destroy_process_group()
