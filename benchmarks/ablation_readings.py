@@ -29,9 +29,9 @@ PROMPTS, PROMPT_LENGTH, ANSWER = 8, 64, 64  # of the measurement of drafts
 class Reading:
     """``loss``: validation loss of the main model, nats a token, at each look; beside it what had
     been spent by then: ``tokens``, ``flops`` (arithmetic by model/cost.py), ``seconds`` of training
-    steps. ``cpu_seconds``: of the whole process, looks and saving included. ``violation``: MaxVio of
-    a step, mean of layers over the last quarter of the steps; ``pooled_violation``: of those steps'
-    loads added up, which a batch's chance does not touch."""
+    steps. ``cpu_seconds``: of the whole process, looks and saving included. ``violation``: MaxVio
+    of a step, mean of layers over the last quarter of the steps; ``pooled_violation``: of those
+    steps' logged loads added up, which the chance of one batch hardly touches."""
 
     variant: str
     seed: int

@@ -14,15 +14,21 @@ time, and what has to move with it for a fair comparison is computed here, from 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qiusuo.model.cost import Cost, measure
 from qiusuo.model.families import config_from_recipe
 
 LENGTH, BATCH = 128, 16
 VOCABULARY = 65  # characters of tinyshakespeare; cancels where two models are compared
-SHARED = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-LATENT = {"kv_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-EXPERTS = {
+SHARED: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+EXPERTS: dict[str, Any] = {
     "n_routed_experts": 16,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -33,7 +39,7 @@ EXPERTS = {
     "first_k_dense_replace": 1,
     "intermediate_size": 192,  # of the first layer: a shared expert and two routed ones
 }
-DEEPSEEK = {"model_type": "deepseek_v3"} | SHARED | LATENT | EXPERTS
+DEEPSEEK: dict[str, Any] = {"model_type": "deepseek_v3"} | SHARED | LATENT | EXPERTS
 CONTEXT = {"max_position_embeddings": 256}
 
 RECIPE = """
@@ -75,7 +81,10 @@ class Variant:
 
 def recipes() -> dict[str, str]:
     """The two written recipes, by family."""
-    families = {"deepseek": DEEPSEEK, "llama": {"model_type": "llama"} | SHARED | {"head_dim": 30}}
+    families: dict[str, dict[str, Any]] = {
+        "deepseek": DEEPSEEK,
+        "llama": {"model_type": "llama"} | SHARED | {"head_dim": 30},
+    }
     families["llama"] = families["llama"] | {"intermediate_size": equal_width("active")}
     return {
         name: RECIPE.format(
@@ -130,11 +139,11 @@ def equal_flops_share() -> float:
     return plain.training_flops(LENGTH) / mtp.training_flops(LENGTH)
 
 
-def _cost(table: dict[str, object]) -> Cost:
+def _cost(table: dict[str, Any]) -> Cost:
     return measure(config_from_recipe({"vocab_size": VOCABULARY} | table | CONTEXT))
 
 
-def _dense_table(width: int) -> dict[str, object]:
+def _dense_table(width: int) -> dict[str, Any]:
     layers = SHARED["num_hidden_layers"]
     return DEEPSEEK | {"first_k_dense_replace": layers, "intermediate_size": width}
 

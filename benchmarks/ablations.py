@@ -32,7 +32,6 @@ from ablation_page import write_page
 from ablation_readings import draft_acceptance, read_run
 from ablation_tables import markdown, tables
 from ablation_variants import LOOKS, Variant, recipes, variants
-
 from qiusuo.runs.durable import write_json
 from qiusuo.runs.folder import read_recipe as stored_recipe
 from qiusuo.runs.folder import read_status

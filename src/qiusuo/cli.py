@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qiusuo import cli_eval, cli_money
+from qiusuo import cli_eval, cli_money, cli_plan
 from qiusuo.version import __version__
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.add_typer(cli_money.keys, name="keys")
 app.add_typer(cli_money.accounts, name="accounts")
 app.add_typer(cli_money.prices, name="prices")
 app.command("eval")(cli_eval.evaluate)
+app.command("plan")(cli_plan.plan)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
 SetOption = Annotated[
@@ -375,6 +376,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     from qiusuo.runs.durable import RunError
     from qiusuo.server.failure import ServerError
     from qiusuo.tasks.task import TaskError
+    from qiusuo.training.layout import PlanError
     from qiusuo.training.recipe import RecipeError
     from qiusuo.training.scene import TrainingError
 
@@ -384,6 +386,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         DataError,
         EvaluationError,
         KernelError,
+        PlanError,
         RecipeError,
         RunError,
         ServerError,

@@ -39,7 +39,7 @@ def without_controls(text: str) -> str:
 
 def facts_table(summary: dict[str, Any]) -> Table:
     """A run's summary."""
-    table = _plain_table()
+    table = plain_table()
     for label, value in summary.items():
         if label not in HIDDEN_FACTS:
             table.add_row(label, format_fact(value))
@@ -71,10 +71,10 @@ def show_cost(model: str, context: int | None) -> None:
     """Parameters, cache and memory of a model folder, a config.json or a recipe; no weights."""
     from qiusuo.model.cost import BYTES_PER_WEIGHT, available_memory, measure
 
-    config, checkpoint = _find_config(model)
+    config, checkpoint = find_config(model)
     cost = measure(config)
     context = context or config.max_position_embeddings
-    table = _plain_table()
+    table = plain_table()
     table.add_row("Architecture", f"{config.model_type}, {config.num_hidden_layers} layers")
     if checkpoint is not None:
         kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values())
@@ -229,14 +229,15 @@ def show_examination(model: str | None) -> bool:
     return not examination.faults
 
 
-def _plain_table() -> Table:
+def plain_table() -> Table:
+    """Two columns, a bold label and what it says."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     return table
 
 
-def _find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
+def find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
     """The config that ``model`` names; with the checkpoint, where there are weights."""
     from qiusuo.checkpoint.open import find_model, open_checkpoint
     from qiusuo.model.families import config_from_file
