@@ -37,7 +37,11 @@ TITLES = {
     "mtp": "Multi-token prediction",
     "balance": "Balancing the experts",
 }
-SPENT = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
+SPENT = {
+    "tokens": ("tokens", 1.0),
+    "flops": ("FLOPs, 10¹²", 1e12),
+    "cpu": ("seconds of processor time", 1.0),
+}
 CAPTION = "Validation loss of the main model. Faint: each seed; strong: their mean."
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -93,9 +97,10 @@ def write_page(
     context: dict[str, Any] = {
         "css": Markup((files("qiusuo.runs") / "report.css").read_text(encoding="utf-8")),
         "lead": (
-            f"{len(readings)} runs with {seeds} seeds on the characters of tinyshakespeare, up to "
-            f"{max(reading.tokens[-1] for reading in readings):,} tokens each. Seconds hold for "
-            "this machine as busy as it was; FLOPs hold anywhere."
+            f"{len(readings)} runs, {seeds} of each kind with seeds of their own, on the characters of "
+            f"tinyshakespeare, up to {max(reading.tokens[-1] for reading in readings):,} tokens "
+            "each. Seconds hold for this machine, FLOPs anywhere; what holds at this size need not "
+            "hold at another."
         ),
         "missing": missing,
         "groups": groups,
@@ -121,13 +126,15 @@ def _draw_losses(group: str, names: list[str], by_name: dict[str, list[Reading]]
     figure = new_figure(9.4, 3.6)
     panels = figure.subplots(1, len(SPENT), sharey=True)
     shown = np.concatenate([run.loss[2:] for name in names for run in by_name[name]])
-    for axes, (key, words) in zip(panels, SPENT.items(), strict=True):
+    for axes, (key, (words, unit)) in zip(panels, SPENT.items(), strict=True):
         for name, colour in zip(names, COLOURS, strict=False):
             runs = by_name[name]
-            for run in runs:
-                axes.plot(getattr(run, key), run.loss, color=colour, alpha=0.25, linewidth=0.7)
-            spent, loss = (np.mean([getattr(run, k) for run in runs], 0) for k in (key, "loss"))
-            axes.plot(spent, loss, color=colour, marker="o", markersize=2.5, label=label(name))
+            spent = np.array([getattr(run, key) for run in runs]) / unit
+            loss = np.array([run.loss for run in runs])
+            for one, its_loss in zip(spent, loss, strict=True):
+                axes.plot(one, its_loss, color=colour, alpha=0.25, linewidth=0.7)
+            mean = {"marker": "o", "markersize": 2.5, "label": label(name)}
+            axes.plot(spent.mean(0), loss.mean(0), color=colour, **mean)
         axes.set_xlabel(words)
         number_axis(axes.xaxis)
     limit(panels[0], shown, share=1.0)

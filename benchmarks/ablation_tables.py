@@ -19,8 +19,8 @@ from ablation_variants import variants
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # by seeds - 1
 MARKS = (3, 5, 6)  # looks, of eight, at which the dense model's loss is the mark to reach
 GROUPS = {
-    "cost": ("moe", "dense-active", "dense-total"),
-    "attention": ("dense-active", "mha", "gqa", "mqa"),
+    "cost": ("moe", "bias-fast", "dense-active", "dense-total"),
+    "attention": ("dense-active", "mla-rope", "mha", "gqa", "mqa"),
     "mtp": ("moe", "mtp", "mtp-flops"),
     "balance": ("moe", "bias-fast", "aux-0.001", "aux-0.01", "unbalanced"),
 }
@@ -143,15 +143,15 @@ def _marks(by_name: Runs) -> Table | None:
         "Cost to reach equal loss",
         f"The marks are what the model of {label('dense-active')} has after "
         f"{', '.join(str(look) for look in MARKS)} eighths of its steps, before the learning rate "
-        "falls. FLOPs in 10¹² and seconds of training steps (wall clock), with the ratio to that "
-        "model's, mean ± standard deviation over seeds.",
-        ["", *(f"to {mark:.3f}: {unit}" for mark in wanted for unit in ("FLOPs", "seconds"))],
+        "falls. FLOPs in 10¹² and seconds of processor time (of the whole process, spread evenly "
+        "over its tokens), with the ratio to that model's, mean ± standard deviation over seeds.",
+        ["", *(f"to {mark:.3f}: {unit}" for mark in wanted for unit in ("FLOPs", "CPU seconds"))],
     )
     dense = {run.seed: run for run in by_name["dense-active"]}
     for name in names:
         row = [label(name)]
         for mark in wanted:
-            for spent, scale in (("flops", 1e12), ("seconds", 1.0)):
+            for spent, scale in (("flops", 1e12), ("cpu", 1.0)):
                 pairs = [(run, dense[run.seed]) for run in by_name[name] if run.seed in dense]
                 costs = [run.at_loss(mark, spent) for run, _ in pairs]
                 ratios = [
@@ -178,7 +178,7 @@ def _equal_seconds(by_name: Runs) -> Table | None:
         return None
     look = MARKS[-1] - 1
     rows = []
-    for title, spent in (("tokens", "tokens"), ("FLOPs", "flops"), ("seconds", "seconds")):
+    for title, spent in (("tokens", "tokens"), ("FLOPs", "flops"), ("CPU seconds", "cpu")):
         without = [base.loss[look] for _, base in pairs]
         with_mtp = [run.loss_at(spent, getattr(base, spent)[look]) for run, base in pairs]
         both = [b - a for a, b in zip(without, with_mtp, strict=True)]

@@ -7,7 +7,8 @@ time, and what has to move with it for a fair comparison is computed here, from 
   same MLA, every layer dense (``first_k_dense_replace = num_hidden_layers``), its
   ``intermediate_size`` chosen to the nearest eight;
 - MHA, GQA and MQA with exactly MLA's parameters, by the width of a head (30, 40, 48), and with the
-  MLPs of the dense model that MLA is compared in;
+  MLPs of the dense model that MLA is compared in; RoPE turns all of their keys, of MLA's a third as
+  in V3 (so MLA is there once more with two thirds turned, and 2% fewer parameters of attention);
 - MTP once with the same tokens, once with as many fewer steps as its module costs in FLOPs.
 """
 
@@ -40,6 +41,7 @@ EXPERTS: dict[str, Any] = {
     "intermediate_size": 192,  # of the first layer: a shared expert and two routed ones
 }
 DEEPSEEK: dict[str, Any] = {"model_type": "deepseek_v3"} | SHARED | LATENT | EXPERTS
+TURNED = ("model.qk_nope_head_dim=16", "model.qk_rope_head_dim=32")
 CONTEXT = {"max_position_embeddings": 256}
 
 RECIPE = """
@@ -107,6 +109,7 @@ def variants() -> dict[str, Variant]:
         Variant("moe", "MoE: 2 of 16 experts and a shared one, MLA"),
         Variant("dense-active", "dense, equal active parameters, MLA", active),
         Variant("dense-total", "dense, equal parameters in all, MLA", total),
+        Variant("mla-rope", "dense, MLA, two thirds of a key turned by RoPE", (*active, *TURNED)),
         Variant("mha", "dense, MHA", ("model.head_dim=30",), "llama"),
         Variant("gqa", "dense, GQA of 2", _grouped(2, 40), "llama"),
         Variant("mqa", "dense, MQA (GQA of 1)", _grouped(1, 48), "llama"),

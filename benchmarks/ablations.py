@@ -147,17 +147,20 @@ def train(one: Job, folder: Path) -> None:
     with log.open("ab") as output:
         before = os.times()
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        stopped = False
         try:
             code = child.wait()
         except KeyboardInterrupt:
-            child.wait()  # the terminal told it too: it finishes its step and saves
-            sys.exit("stopped and saved: the same command goes on")
+            stopped = True
+            code = child.wait()  # the terminal told it too: it finishes its step and saves
     after = os.times()
     spent = after.children_user - before.children_user
     spent += after.children_system - before.children_system
     kept = one.run.with_suffix(".cpu.json")
     earlier = json.loads(kept.read_text()) if kept.is_file() else []
     write_json(kept, [*earlier, spent])
+    if stopped:
+        sys.exit("stopped and saved: the same command goes on")
     if code:
         tail = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         sys.exit(f"{one.run} did not finish (exit code {code}); its last words:\n{tail}")
