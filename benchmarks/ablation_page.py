@@ -87,7 +87,7 @@ def write_page(
             sorted(readings, key=lambda r: (r.variant, r.seed)), lambda r: r.variant
         )
     }
-    seeds = len({reading.seed for reading in readings})
+    seeds = ", ".join(str(seed) for seed in sorted({reading.seed for reading in readings}))
     groups = [
         (TITLES[group], pictures)
         for group, names in GROUPS.items()
@@ -97,10 +97,9 @@ def write_page(
     context: dict[str, Any] = {
         "css": Markup((files("qiusuo.runs") / "report.css").read_text(encoding="utf-8")),
         "lead": (
-            f"{len(readings)} runs, {seeds} of each kind with seeds of their own, on the characters of "
-            f"tinyshakespeare, up to {max(reading.tokens[-1] for reading in readings):,} tokens "
-            "each. Seconds hold for this machine, FLOPs anywhere; what holds at this size need not "
-            "hold at another."
+            f"{len(readings)} runs with seeds {seeds} on the characters of tinyshakespeare, up to "
+            f"{max(reading.tokens[-1] for reading in readings):,} tokens each. Seconds hold for "
+            "this machine, FLOPs anywhere; what holds at this size need not hold at another."
         ),
         "missing": missing,
         "groups": groups,

@@ -29,9 +29,10 @@ PROMPTS, PROMPT_LENGTH, ANSWER = 8, 64, 64  # of the measurement of drafts
 class Reading:
     """``loss``: validation loss of the main model, nats a token, at each look; beside it what had
     been spent by then: ``tokens``, ``flops`` (arithmetic by model/cost.py), ``seconds`` of training
-    steps. ``cpu_seconds``: processor time of the whole process, start, looks and saving included;
-    on a shared machine the seconds to compare. ``violation``: MaxVio of a step, mean of layers over the last quarter of the steps; ``pooled_violation``: of those
-    steps' logged loads added up, which the chance of one batch hardly touches."""
+    steps. ``cpu_seconds``: processor time of the whole process, start, looks and saving included:
+    on a shared machine the seconds to compare. ``violation``: MaxVio of a step, mean of layers over
+    the last quarter of the steps; ``pooled_violation``: of those steps' logged loads added up,
+    which the chance of one batch hardly touches."""
 
     variant: str
     seed: int
@@ -62,8 +63,8 @@ class Reading:
         return self.loss[-1]
 
     def at_loss(self, mark: float, spent: str) -> float:
-        """How much of ``spent`` ("tokens", "flops", "cpu" or "seconds") it took to reach a loss for the
-        first time, on a straight line between two looks; NaN where it was not reached."""
+        """How much of ``spent`` ("tokens", "flops", "cpu", "seconds") it took to reach a loss for
+        the first time, on a straight line between two looks; NaN where it was not reached."""
         costs = getattr(self, spent)
         for place, loss in enumerate(self.loss):
             if loss <= mark:
