@@ -14,7 +14,7 @@ Every run is a `qiusuo train` of its own, in a run folder that stays. What is fi
 again and what was interrupted goes on, so the same command can be given until all is done. All
 variants of one seed are trained before the next seed begins: seconds are only comparable where
 runs shared the machine equally, so FLOPs are the measure to look at. `--quick` is a smoke of the
-whole in little more than a minute; its figures mean nothing.
+whole in about a minute; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from qiusuo.runs.folder import read_status
 from qiusuo.runs.words import format_duration
 from qiusuo.training.recipe import parse_recipe, read_recipe
 
-QUICK_STEPS = 2 * LOOKS
+QUICK_VARIANTS = ["moe", "dense-active", "mha", "mtp"]
+QUICK_TOKENS = 1024  # of a validation
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class Job:
     seed: int
     steps: int
     run: Path
+    quick: bool
 
     @property
     def changes(self) -> list[str]:
         """What ``--set`` is given."""
         stage = [f"steps={self.steps}", f"validation_steps={max(1, self.steps // LOOKS)}"]
+        if self.quick:
+            stage.append(f"validation_tokens={QUICK_TOKENS}")
         return [
             f"seed={self.seed}",
             *(f"stages.0.{change}" for change in stage),
@@ -90,11 +94,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=400, help=f"of 2,048 tokens; at least {LOOKS}")
     parser.add_argument("--variants", nargs="+", choices=list(variants()), default=list(variants()))
-    parser.add_argument("--quick", action="store_true", help="a smoke: few steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="a smoke: few runs of few steps")
     parser.add_argument("--report-only", action="store_true", help="of what is finished")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.steps = [1], QUICK_STEPS
+        options.seeds, options.steps, options.variants = [1], LOOKS, QUICK_VARIANTS
     if options.steps < LOOKS:
         parser.error(f"--steps must be at least {LOOKS}, one for each validation")
     return options
@@ -102,7 +106,8 @@ def parse() -> argparse.Namespace:
 
 def job(options: argparse.Namespace, variant: Variant, seed: int) -> Job:
     steps = round(options.steps * variant.share)
-    return Job(variant, seed, steps, options.folder / f"{variant.name}-{seed}")
+    run = options.folder / f"{variant.name}-{seed}"
+    return Job(variant, seed, steps, run, options.quick)
 
 
 def refuse_other_recipe(one: Job, folder: Path) -> None:
