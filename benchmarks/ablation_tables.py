@@ -67,7 +67,7 @@ def tables(readings: Sequence[Reading], drafts: Drafts) -> list[Table]:
         _marks(by_name),
         _summary(by_name, "attention", "2. MLA against MHA, GQA, MQA", "dense-active", [cache]),
         _summary(by_name, "mtp", "3. Multi-token prediction", "moe", [agreement, accepted]),
-        _equal_seconds(by_name),
+        _before_decay(by_name),
         _summary(by_name, "balance", "4. Balancing the experts", "moe", [violation, pooled]),
     ]
     return [table for table in found if table is not None]
@@ -121,7 +121,7 @@ def _difference(runs: list[Reading], base: list[Reading]) -> tuple[str, str]:
     mean = statistics.fmean(pairs)
     if len(pairs) < 2:
         return f"{mean:+.4f}", "one seed"
-    reach = T_95.get(len(pairs) - 1, 2.0) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    reach = T_95.get(len(pairs) - 1, 2.306) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     verdict = "not told apart" if abs(mean) <= reach else "better" if mean < 0 else "worse"
     return f"{mean:+.4f} ± {reach:.4f}", verdict
 
@@ -170,8 +170,8 @@ def _cost_cell(costs: list[float], ratios: list[float]) -> str:
     return f"{_spread(reached, 2)} (× {_spread(ratios, 2)}){some}"
 
 
-def _equal_seconds(by_name: Runs) -> Table | None:
-    """Main loss when the model without MTP had spent its seconds up to the decay."""
+def _before_decay(by_name: Runs) -> Table | None:
+    """Main losses with and without MTP after equal tokens, FLOPs and processor time."""
     plain = {run.seed: run for run in by_name.get("moe", [])}
     pairs = [(run, plain[run.seed]) for run in by_name.get("mtp", []) if run.seed in plain]
     if not pairs:

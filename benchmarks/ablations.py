@@ -12,8 +12,9 @@ Four questions, each answered by models that differ in one thing (ablation_varia
 
 Every run is a `qiusuo train` of its own, in a run folder that stays. What is finished is not run
 again and what was interrupted goes on, so the same command can be given until all is done. All
-variants of one seed are trained before the next seed begins: seconds are only comparable where
-runs shared the machine equally, so FLOPs are the measure to look at. `--quick` is a smoke of the
+variants of one seed are trained before the next seed begins. Seconds of a clock are only comparable
+where runs had the machine to themselves, so costs are told in FLOPs, and beside them in seconds of
+processor time. `--quick` is a smoke of the
 whole in about a minute; its figures mean nothing.
 """
 

@@ -228,7 +228,7 @@ def test_counts(text: str, count: float) -> None:
     assert read_count(text, "--tokens") == pytest.approx(count)
 
 
-@pytest.mark.parametrize("text", ["", "T", "1x", "-3", "1.2.3", "nan"])
+@pytest.mark.parametrize("text", ["", "T", "1x", "-3", "1.2.3", "nan", "1e999"])
 def test_counts_that_are_none(text: str) -> None:
     with pytest.raises(PlanError, match="--tokens"):
         read_count(text, "--tokens")

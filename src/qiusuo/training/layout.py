@@ -15,8 +15,8 @@ all devices of a stage. Optimizer states are divided among the devices that hold
 - traffic of one step: tokens to their experts and back, both ways; activations to the next stage
   and gradients to the one before; gradients reduced and new weights gathered.
 
-All are means over stages. Not counted: logits, buffers of communication, fragmentation, and the
-second copy of the weights that DualPipe holds.
+Activations are those of the first stage, the rest are means over stages. Not counted: logits,
+buffers of communication, fragmentation, and the second copy of the weights that DualPipe holds.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ that a run took. docs/planning.md holds all this to what DeepSeek published.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -158,6 +159,7 @@ def find_device(name: str) -> Device:
 def read_count(text: str, option: str) -> float:
     """A number with or without a magnitude: 14.8T, 300B, 2.664M, 180K, 1e12."""
     found = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([KMBGT]?)", text.strip())
-    if found is None:
+    number = float(re.sub("[_,]", "", found[1])) * MAGNITUDES[found[2]] if found else math.inf
+    if not math.isfinite(number):
         raise PlanError(f"{option} {text}: expected a number such as 14.8T, 300B, 2.5M or 1e9")
-    return float(re.sub("[_,]", "", found[1])) * MAGNITUDES[found[2]]
+    return number
