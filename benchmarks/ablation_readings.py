@@ -83,6 +83,12 @@ class Reading:
         return asdict(self)
 
 
+def beside(run: Path, ending: str) -> Path:
+    """A file of ours next to a run folder. Not ``with_suffix``: a name such as aux-0.001-1 has a dot
+    of its own, and what follows it would be lost."""
+    return run.with_name(f"{run.name}.{ending}")
+
+
 def read_run(run: Path, variant: str, seed: int) -> Reading:
     """Read the run folder of a finished run."""
     records = read_log(run / "log.jsonl")
@@ -98,7 +104,7 @@ def read_run(run: Path, variant: str, seed: int) -> Reading:
     places, violations = table(steps, "max_violation")
     recent = table(late, "max_violation")[1]
     loads = expert_loads(late)[1]
-    kept = run.with_suffix(".cpu.json")
+    kept = beside(run, "cpu.json")
     return Reading(
         variant=variant,
         seed=seed,
@@ -126,7 +132,7 @@ def read_run(run: Path, variant: str, seed: int) -> Reading:
 def draft_acceptance(run: Path) -> float:
     """The share of the MTP module's drafts that the engine accepts when the finished model goes on,
     greedily and in float32, from pieces of the text that was held out; measured once a run."""
-    kept = run.with_suffix(".drafts.json")
+    kept = beside(run, "drafts.json")
     if kept.is_file():
         return float(json.loads(kept.read_text())["accepted"])
     loaded = load(run, dtype="float32")

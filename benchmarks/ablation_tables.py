@@ -1,7 +1,7 @@
 """The tables of benchmarks/ablations.py: means over seeds, spreads, and what can be told apart.
 
-Every variant of a seed begins with the same draws and reads the same text in the same order, so
-differences are taken seed by seed. Their interval is Student's t of 95%; with two or three seeds it
+Every variant of a seed reads the same text in the same order (but for MTP, whose windows are one
+token longer), so differences are taken seed by seed. Their interval is Student's t of 95%; with two or three seeds it
 is wide, and where it holds zero the table says that nothing was told.
 """
 

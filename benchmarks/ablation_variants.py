@@ -106,7 +106,7 @@ def variants() -> dict[str, Variant]:
     mtp = "model.num_nextn_predict_layers=1"
     unbiased = "stages.0.balance.bias_update_speed=0"
     found = [
-        Variant("moe", "MoE: 2 of 16 experts and a shared one, MLA"),
+        Variant("moe", "MoE: 2 of 16 experts and a shared one, bias 0.001"),
         Variant("dense-active", "dense, equal active parameters, MLA", active),
         Variant("dense-total", "dense, equal parameters in all, MLA", total),
         Variant("mla-rope", "dense, MLA, two thirds of a key turned by RoPE", (*active, *TURNED)),
@@ -115,10 +115,10 @@ def variants() -> dict[str, Variant]:
         Variant("mqa", "dense, MQA (GQA of 1)", _grouped(1, 48), "llama"),
         Variant("mtp", "MoE with MTP, equal tokens", (mtp,)),
         Variant("mtp-flops", "MoE with MTP, equal FLOPs", (mtp,), share=equal_flops_share()),
-        Variant("bias-fast", "bias 0.01", ("stages.0.balance.bias_update_speed=0.01",)),
-        Variant("aux-0.001", "auxiliary loss 0.001", (unbiased, _weight(0.001))),
-        Variant("aux-0.01", "auxiliary loss 0.01", (unbiased, _weight(0.01))),
-        Variant("unbalanced", "no balancing", (unbiased, _weight(0))),
+        Variant("bias-fast", "MoE, bias 0.01", ("stages.0.balance.bias_update_speed=0.01",)),
+        Variant("aux-0.001", "MoE, auxiliary loss 0.001", (unbiased, _weight(0.001))),
+        Variant("aux-0.01", "MoE, auxiliary loss 0.01", (unbiased, _weight(0.01))),
+        Variant("unbalanced", "MoE, no balancing", (unbiased, _weight(0))),
     ]
     return {variant.name: variant for variant in found}
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablation_page import write_page
-from ablation_readings import draft_acceptance, read_run
+from ablation_readings import beside, draft_acceptance, read_run
 from ablation_tables import markdown, tables
 from ablation_variants import LOOKS, Variant, recipes, variants
 from qiusuo.runs.durable import write_json
@@ -149,7 +149,7 @@ def train(one: Job, folder: Path) -> None:
     else:
         command += [str(folder / f"{one.variant.family}.toml"), "--run", str(one.run)]
         command += [word for change in one.changes for word in ("--set", change)]
-    log = one.run.with_suffix(".output")
+    log = beside(one.run, "output")
     with log.open("ab") as output:
         before = os.times()
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -162,7 +162,7 @@ def train(one: Job, folder: Path) -> None:
     after = os.times()
     spent = after.children_user - before.children_user
     spent += after.children_system - before.children_system
-    kept = one.run.with_suffix(".cpu.json")
+    kept = beside(one.run, "cpu.json")
     earlier = json.loads(kept.read_text()) if kept.is_file() else []
     write_json(kept, [*earlier, spent])
     if stopped:

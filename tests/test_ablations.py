@@ -70,6 +70,17 @@ def test_mtp_with_equal_flops() -> None:
     assert av.variants()["mtp-flops"].share == share
 
 
+def test_runs_share_no_file() -> None:
+    """Names with a dot, aux-0.001 and aux-0.01, once wrote their seconds into one file."""
+    import ablation_readings as ar
+    import ablation_variants as av
+
+    runs = [Path("runs", f"{name}-{seed}") for name in av.variants() for seed in (1, 2, 3)]
+    for ending in ("cpu.json", "drafts.json", "output"):
+        assert len({ar.beside(run, ending) for run in runs}) == len(runs)
+    assert ar.beside(Path("runs", "aux-0.001-1"), "cpu.json") == Path("runs/aux-0.001-1.cpu.json")
+
+
 def reading(module: ModuleType, variant: str, seed: int, loss: list[float], **changes: Any) -> Any:
     looks = len(loss)
     values: dict[str, Any] = {
