@@ -84,8 +84,8 @@ class Reading:
 
 
 def beside(run: Path, ending: str) -> Path:
-    """A file of ours next to a run folder. Not ``with_suffix``: a name such as aux-0.001-1 has a dot
-    of its own, and what follows it would be lost."""
+    """A file of ours next to a run folder. Not ``with_suffix``: a name such as aux-0.001-1 has a
+    dot of its own, and what follows it would be lost."""
     return run.with_name(f"{run.name}.{ending}")
 
 

@@ -1,8 +1,8 @@
 """The tables of benchmarks/ablations.py: means over seeds, spreads, and what can be told apart.
 
 Every variant of a seed reads the same text in the same order (but for MTP, whose windows are one
-token longer), so differences are taken seed by seed. Their interval is Student's t of 95%; with two or three seeds it
-is wide, and where it holds zero the table says that nothing was told.
+token longer), so differences are taken seed by seed. Their interval is Student's t of 95%; with two
+or three seeds it is wide, and where it holds zero the table says that nothing was told.
 """
 
 from __future__ import annotations
