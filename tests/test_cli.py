@@ -52,7 +52,7 @@ def test_help_lists_the_commands(ask: Ask) -> None:
     answer = ask("--help")
     assert answer.code == 0
     for name in (
-        "quickstart train pull chat serve export doctor inspect report keys accounts prices"
+        "quickstart train pull chat serve export doctor inspect plan report keys accounts prices"
     ).split():
         assert re.search(rf"^ *{name} +\w", answer.out, re.MULTILINE), name
         assert ask(name, "--help").code == 0

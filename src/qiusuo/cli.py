@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qiusuo import cli_bench, cli_eval, cli_money
+from qiusuo import cli_bench, cli_eval, cli_money, cli_plan
 from qiusuo.version import __version__
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(cli_money.accounts, name="accounts")
 app.add_typer(cli_money.prices, name="prices")
 app.add_typer(cli_bench.bench, name="bench")
 app.command("eval")(cli_eval.evaluate)
+app.command("plan")(cli_plan.plan)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
 SetOption = Annotated[
@@ -396,6 +397,7 @@ def mendable() -> tuple[type[Exception], ...]:
     from qiusuo.runs.durable import RunError
     from qiusuo.server.failure import ServerError
     from qiusuo.tasks.task import TaskError
+    from qiusuo.training.layout import PlanError
     from qiusuo.training.parallel.world import ElsewhereError
     from qiusuo.training.recipe import RecipeError
     from qiusuo.training.scene import TrainingError
@@ -407,6 +409,7 @@ def mendable() -> tuple[type[Exception], ...]:
         ElsewhereError,
         EvaluationError,
         KernelError,
+        PlanError,
         RecipeError,
         RunError,
         ServerError,

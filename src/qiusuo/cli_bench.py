@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qiusuo.training.step_profile import StepProfile
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 
@@ -30,7 +35,6 @@ def train(
 ) -> None:
     """Where the time of a training step goes: a recipe's model on random tokens, part by part,
     against the rate of a large matrix product."""
-    from qiusuo.terminal import show_step
     from qiusuo.training.recipe import read_recipe
     from qiusuo.training.step_profile import profile_step
 
@@ -38,3 +42,33 @@ def train(
     if out is not None:
         out.write_text(json.dumps(asdict(profile), indent=1) + "\n", encoding="utf-8")
     show_step(profile)
+
+
+def show_step(profile: StepProfile) -> None:
+    """A training step's parts: their share of the time, and of what the machine could do."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part")
+    for heading in ("forward", "backward", "of the step", "GFLOP", "GFLOP/s", "of the peak"):
+        table.add_column(heading, justify="right")
+    timed = sum(part.seconds for part in profile.parts)
+    for part in profile.parts:
+        rate = part.flops / part.seconds if part.flops else None
+        table.add_row(
+            part.name,
+            f"{part.forward * 1e3:.1f} ms",
+            f"{part.backward * 1e3:.1f} ms" if part.backward else "–",
+            f"{part.seconds / timed:.0%}",
+            f"{part.flops / 1e9:.1f}" if rate else "–",
+            f"{rate / 1e9:,.0f}" if rate else "–",
+            f"{rate / profile.peak:.0%}" if rate else "–",
+        )
+    console = Console()
+    console.print(table)
+    rate = profile.flops / profile.seconds
+    console.print(
+        f"\nA step of {profile.tokens:,} tokens in {profile.precision}: "
+        f"{profile.seconds * 1e3:.1f} ms ({timed * 1e3:.1f} with the clocks above), "
+        f"{profile.tokens / profile.seconds:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, "
+        f"{rate / profile.peak:.0%} of a large matrix product's {profile.peak / 1e9:,.0f}",
+        highlight=False,
+    )

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qiusuo.engine.language_model import LanguageModel
     from qiusuo.engine.limits import Limits
     from qiusuo.model.config import ModelConfig
-    from qiusuo.training.step_profile import StepProfile
 
 HIDDEN_FACTS = ("License", "Languages", "Data", "Limits")  # for the card, not for the table
 
@@ -40,7 +39,7 @@ def without_controls(text: str) -> str:
 
 def facts_table(summary: dict[str, Any]) -> Table:
     """A run's summary."""
-    table = _plain_table()
+    table = plain_table()
     for label, value in summary.items():
         if label not in HIDDEN_FACTS:
             table.add_row(label, format_fact(value))
@@ -76,10 +75,10 @@ def show_cost(model: str, context: int | None) -> None:
     from qiusuo.kernels.cached_rows import row_bytes
     from qiusuo.model.cost import BYTES_PER_WEIGHT, available_memory, measure
 
-    config, checkpoint = _find_config(model)
+    config, checkpoint = find_config(model)
     cost = measure(config)
     context = context or config.max_position_embeddings
-    table = _plain_table()
+    table = plain_table()
     table.add_row("Architecture", f"{config.model_type}, {config.num_hidden_layers} layers")
     if checkpoint is not None:
         kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values())
@@ -239,44 +238,15 @@ def show_examination(model: str | None) -> bool:
     return not examination.faults
 
 
-def show_step(profile: StepProfile) -> None:
-    """A training step's parts: their share of the time, and of what the machine could do."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("part")
-    for heading in ("forward", "backward", "of the step", "GFLOP", "GFLOP/s", "of the peak"):
-        table.add_column(heading, justify="right")
-    timed = sum(part.seconds for part in profile.parts)
-    for part in profile.parts:
-        rate = part.flops / part.seconds if part.flops else None
-        table.add_row(
-            part.name,
-            f"{part.forward * 1e3:.1f} ms",
-            f"{part.backward * 1e3:.1f} ms" if part.backward else "–",
-            f"{part.seconds / timed:.0%}",
-            f"{part.flops / 1e9:.1f}" if rate else "–",
-            f"{rate / 1e9:,.0f}" if rate else "–",
-            f"{rate / profile.peak:.0%}" if rate else "–",
-        )
-    console = Console()
-    console.print(table)
-    rate = profile.flops / profile.seconds
-    console.print(
-        f"\nA step of {profile.tokens:,} tokens in {profile.precision}: "
-        f"{profile.seconds * 1e3:.1f} ms ({timed * 1e3:.1f} with the clocks above), "
-        f"{profile.tokens / profile.seconds:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, "
-        f"{rate / profile.peak:.0%} of a large matrix product's {profile.peak / 1e9:,.0f}",
-        highlight=False,
-    )
-
-
-def _plain_table() -> Table:
+def plain_table() -> Table:
+    """Two columns, a bold label and what it says."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     return table
 
 
-def _find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
+def find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
     """The config that ``model`` names; with the checkpoint, where there are weights."""
     from qiusuo.checkpoint.open import find_model, open_checkpoint
     from qiusuo.model.families import config_from_file
