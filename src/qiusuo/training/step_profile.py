@@ -43,7 +43,7 @@ PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "dense and shared MLPs": (MLP,),
     "norms between them": (RMSNorm,),
 }
-BLOCKS = "blocks"  # the embedding, all blocks and the last norm
+BLOCKS = "blocks"  # the embedding, all blocks and the last norm; MTP modules
 HEAD, OPTIMIZER, REST = "head and losses", "clip and optimizer", "rest"
 
 
@@ -149,12 +149,10 @@ def _per_token(model: Transformer) -> int:
 
 
 def _modules(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every module that is timed, with its part. What is inside another one is that one's; what
-    joins and ends an MTP module's block stands outside of it, with the head."""
+    """Every module that is timed, with its part; what is inside another one is that one's."""
     for name, module in model.named_modules():
         part = next((part for part, kinds in PARTS.items() if isinstance(module, kinds)), None)
-        outside = name.endswith(("enorm", "hnorm", "shared_head.norm"))
-        if part is not None and ".self_attn." not in name and not outside:
+        if part is not None and ".self_attn." not in name:
             yield name, module, part
 
 
@@ -239,14 +237,27 @@ def _hooks(model: Transformer) -> Iterator[_Clock]:
             module.register_full_backward_pre_hook(_told(clock.start, part, "backward")),
             module.register_full_backward_hook(_told(clock.stop, part, "backward")),
         ]
-    for module in (model, *model.model.mtp_blocks):
-        handles.append(module.register_forward_pre_hook(_told(clock.start, BLOCKS, "forward")))
-        handles.append(module.register_forward_hook(_told(clock.stop, BLOCKS, "forward")))
+    handles.append(model.register_forward_pre_hook(_told(clock.start, BLOCKS, "forward")))
+    handles.append(model.register_forward_hook(_told(clock.stop, BLOCKS, "forward")))
+    for block in model.model.mtp_blocks:  # hooks see ``forward`` alone
+        vars(block)["predict"] = _timed(block.predict, clock)
     try:
         yield clock
     finally:
         for handle in handles:
             handle.remove()
+        for block in model.model.mtp_blocks:
+            del vars(block)["predict"]
+
+
+def _timed(function: Callable[..., Any], clock: _Clock) -> Callable[..., Any]:
+    def run(*given: Any) -> Any:
+        clock.start(BLOCKS, "forward")
+        result = function(*given)
+        clock.stop(BLOCKS, "forward")
+        return result
+
+    return run
 
 
 def _told(report: Callable[[str, str], None], part: str, direction: str) -> Callable[..., None]:
