@@ -38,7 +38,6 @@ DEEPSEEK: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "num_attention_heads": 8,
-    "num_key_value_heads": 8,
     "kv_lora_rank": 64,
     "q_lora_rank": 96,
     "qk_rope_head_dim": 16,
@@ -158,6 +157,8 @@ def transformers_step(options: argparse.Namespace) -> float:
 
     [shape], setting = options.shapes, options.their_side
     values = dict(SHAPES[shape])
+    if shape == "deepseek":  # theirs must be told that MLA expands to as many key heads
+        values["num_key_value_heads"] = values["num_attention_heads"]
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
