@@ -11,7 +11,7 @@ from pathlib import Path
 from qiusuo.runs.folder import FollowedRun, RunFolder, default_run_path
 from qiusuo.training.parallel.launch import STOPPED, LaunchError, launch
 from qiusuo.training.parallel.limits import check_shared
-from qiusuo.training.parallel.world import World, join_world, processes, restarts
+from qiusuo.training.parallel.world import World, join_world, met_by_all, processes, restarts
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe, read_recipe
 from qiusuo.training.scene import TrainingError
 from qiusuo.training.train import resume_run, start_run, train
@@ -72,13 +72,16 @@ def carry_out(order: Order, nproc: int | None) -> int:
 
 
 def _worker(order: Order) -> int:
-    """One of several processes. What a person must mend is said and no reason to start anew."""
+    """One of several processes. What a person must mend, if all have met it, is said and no reason
+    to start anew; an error of one process alone ends it, and the agent all."""
     from qiusuo.cli import complain, mendable
 
     try:
         return _work(order)
     except mendable() as error:
         complain(error)
+        if not (met_by_all(error) or isinstance(error, TrainingError)):
+            sys.exit(1)
         return 1
 
 

@@ -291,7 +291,7 @@ def test_rewards_teach(taught: Path, tmp_path: Path) -> None:
     """Short answers are right as often as long ones, but only they are finished in time: soon
     nearly all are."""
     stage = tasks.rl(
-        steps=16, prompts=8, max_tokens=4, overlong="reward",
+        steps=20, prompts=8, max_tokens=4, overlong="reward",
         optimizer={"adamw_learning_rate": 3e-3},
     )  # fmt: skip
     assert lives.live(tasks.recipe(stage, base=taught), tmp_path / "run")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 from qiusuo.runs.console import LiveView
+from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.training.beginning import attach_adapter, build_model, last_state, state_at_end
@@ -60,6 +63,7 @@ class StageLife:
             self.state.take_over(checkpoint)
         self.saved_at = self.resumed_at = self.state.run_step if checkpoint is not None else -1
         self.status_at = -STATUS_SECONDS
+        self.trouble: RunError | OSError | None = None
 
     def starting_weights(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint's own, unless the stage begins now and from another stage's end."""
@@ -102,6 +106,7 @@ class StageLife:
                 self.saver.settle()
                 if finished and not isinstance(self.stage, SampleStage | TeachStage):
                     self.look(whole=True, when="after")
+                self.stopping()  # too late to stop, but not to say what could not be written
         if finished and last:
             self.finish()
         elif not finished:
@@ -120,8 +125,19 @@ class StageLife:
                     print(f"report.html was not drawn: {report_missing}")
 
     def note(self, record: dict[str, Any]) -> None:
-        self.log.append(record)
+        with self.until_all_meet():
+            self.log.append(record)
         self.view.update(record)
+
+    @contextmanager
+    def until_all_meet(self) -> Iterator[None]:
+        """An error of the one that writes waits until all processes can leave together."""
+        try:
+            yield
+        except (RunError, OSError) as error:
+            if self.world.size == 1:
+                raise
+            self.trouble = error
 
     def after_step(self) -> bool:
         """Between steps: look, save, or stop. True to stop."""
@@ -130,7 +146,8 @@ class StageLife:
         place = self.place()
         self.view.set_total(place["steps"])
         if time.monotonic() - self.status_at > STATUS_SECONDS:
-            self.run.set_status("running", **place)
+            with self.until_all_meet():
+                self.run.set_status("running", **place)
             self.status_at = time.monotonic()
         if state.step < state.planned:
             if stage.validation_steps and state.step % stage.validation_steps == 0:
@@ -138,7 +155,17 @@ class StageLife:
             planned_now = stage.minutes is not None and state.step == PACE_STEPS
             if state.step % stage.checkpoint_steps == 0 or planned_now:
                 self.checkpoint()
-        return self.world.any(self.stop.asked)
+        return self.stopping()
+
+    def stopping(self) -> bool:
+        """Whether someone asked any of the processes to stop. RunError or OSError where one cannot
+        write: on it; on the others an ElsewhereError."""
+        word = self.world.most(2 if self.trouble is not None else int(self.stop.asked))
+        if word == 2:
+            with self.world.together():
+                if self.trouble is not None:
+                    raise self.trouble
+        return word == 1
 
     def look(self, whole: bool, when: str | None = None) -> None:
         """Measure, and let the model write."""

@@ -61,9 +61,9 @@ class World:
         """The norm of what all processes hold from that of each one's part."""
         return norm if self.size == 1 else self.sum(norm.double().square()).sqrt().float()
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
-        return flag
+    def most(self, number: int) -> int:
+        """The largest of what the processes say."""
+        return number
 
     def first(self, value: T) -> T:
         """What the first process says; of the others the value is not looked at."""
@@ -107,11 +107,11 @@ class Several(World):
         self.traffic.reduced(numbers)
         return numbers
 
-    def any(self, flag: bool) -> bool:
-        asked = torch.tensor(int(flag))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
-        self.traffic.reduced(asked)
-        return bool(asked)
+    def most(self, number: int) -> int:
+        told = torch.tensor(number)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
+        self.traffic.reduced(told)
+        return int(told)
 
     def first(self, value: T) -> T:
         told: list[Any] = [value]
@@ -145,6 +145,7 @@ class Several(World):
         except Exception as error:
             told = self._meet(str(error) or type(error).__name__)
             if told[0] is None or self.leads:
+                error.met_by_all = True  # type: ignore[attr-defined]
                 raise
             self._check(told)  # the first says it for all
         self._check(self._meet(None))
@@ -158,6 +159,11 @@ class Several(World):
         told: list[str | None] = [None] * self.size
         dist.all_gather_object(told, complaint, group=self.control)
         return told
+
+
+def met_by_all(error: BaseException) -> bool:
+    """Whether the other processes know of it and leave too; else they must be made to."""
+    return isinstance(error, ElsewhereError) or getattr(error, "met_by_all", False)
 
 
 def tells_of_a_death(error: BaseException) -> bool:
