@@ -43,11 +43,12 @@ struct Between {
                               const float *scale, void *grad_x, float *grad_weight, int64_t rows,
                               int64_t D);
 
-    // Adjacent pairs of x [rows, heads, R] turned by complex numbers turns [turned, R/2], row r by
-    // r % turned, or back again. `row_stride` is the distance of two rows of x, `stride` of two
-    // heads; out [rows, heads, R] has no gaps.
-    void (*rotate)(const void *x, int kind, const float *turns, int64_t turned, bool back, void *out,
-                   int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride);
+    // Pairs of x [rows, heads, R] turned by complex numbers turns [turned, R/2], row r by r % turned,
+    // or back again: adjacent numbers, or with `halves` those R/2 apart. `row_stride` is the distance
+    // of two rows of x, `stride` of two heads; out [rows, heads, R] has no gaps.
+    void (*rotate)(const void *x, int kind, const float *turns, int64_t turned, bool halves,
+                   bool back, void *out, int64_t rows, int64_t heads, int64_t R, int64_t row_stride,
+                   int64_t stride);
 
     // Logits [rows, W] become the gradient of the sum of losses, which are nats [rows]; zeros for
     // rows whose label is below 0.

@@ -102,7 +102,7 @@ void rms_norm_backward(const void *grad, int grad_kind, const void *x, int x_kin
     });
 }
 
-template <class T>
+template <class T, bool HALVES>
 void rotate_of(const void *x, const float *turns, int64_t turned, float sign, void *out,
                int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
     for_rows(rows, heads * R, [&](int64_t row) {
@@ -110,20 +110,23 @@ void rotate_of(const void *x, const float *turns, int64_t turned, float sign, vo
         for (int64_t head = 0; head < heads; head++) {
             const T *__restrict from = row_of<T>(x, row * row_stride + head * stride);
             T *__restrict to = row_of<T>(out, (row * heads + head) * R);
-            for (int64_t at = 0; at < R; at += 2) {
-                const float a = widened(from[at]), b = widened(from[at + 1]);
-                const float real = turn[at], imaginary = sign * turn[at + 1];
-                to[at] = narrow<T>(a * real - b * imaginary);
-                to[at + 1] = narrow<T>(a * imaginary + b * real);
+            for (int64_t pair = 0; pair < R / 2; pair++) {
+                const int64_t first = HALVES ? pair : 2 * pair;
+                const int64_t second = HALVES ? pair + R / 2 : first + 1;
+                const float a = widened(from[first]), b = widened(from[second]);
+                const float real = turn[2 * pair], imaginary = sign * turn[2 * pair + 1];
+                to[first] = narrow<T>(a * real - b * imaginary);
+                to[second] = narrow<T>(a * imaginary + b * real);
             }
         }
     });
 }
 
-void rotate(const void *x, int kind, const float *turns, int64_t turned, bool back, void *out,
-            int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
-    (kind ? rotate_of<bf16> : rotate_of<float>)(x, turns, turned, back ? -1.0f : 1.0f, out, rows,
-                                                heads, R, row_stride, stride);
+void rotate(const void *x, int kind, const float *turns, int64_t turned, bool halves, bool back,
+            void *out, int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
+    const auto by_kind = halves ? (kind ? rotate_of<bf16, true> : rotate_of<float, true>)
+                                : (kind ? rotate_of<bf16, false> : rotate_of<float, false>);
+    by_kind(x, turns, turned, back ? -1.0f : 1.0f, out, rows, heads, R, row_stride, stride);
 }
 
 }  // namespace

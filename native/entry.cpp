@@ -167,11 +167,11 @@ void qiusuo_rms_norm_backward(int isa, const void *grad, int grad_kind, const vo
                                        scale, grad_x, grad_weight, rows, D);
 }
 
-void qiusuo_rotate_pairs(int isa, const void *x, int kind, const void *turns, int64_t turned,
-                         int back, void *out, int64_t rows, int64_t heads, int64_t R,
-                         int64_t row_stride, int64_t stride) {
-    between_of(isa)->rotate(x, kind, static_cast<const float *>(turns), turned, back != 0, out, rows,
-                            heads, R, row_stride, stride);
+void qiusuo_rotate(int isa, const void *x, int kind, const void *turns, int64_t turned, int halves,
+                   int back, void *out, int64_t rows, int64_t heads, int64_t R, int64_t row_stride,
+                   int64_t stride) {
+    between_of(isa)->rotate(x, kind, static_cast<const float *>(turns), turned, halves != 0,
+                            back != 0, out, rows, heads, R, row_stride, stride);
 }
 
 void qiusuo_cross_entropy(int isa, void *logits, int kind, const int64_t *labels, float *nats,

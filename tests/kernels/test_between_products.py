@@ -1,6 +1,8 @@
 """Norm, rotation and the router's choice in one native call each, against their equations: values,
 gradients, parts of wider rows, and any number of threads."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,12 @@ from hypothesis import strategies as st
 
 from qiusuo.kernels.native import native
 from qiusuo.kernels.norm import rms_norm, rms_norm_reference
-from qiusuo.kernels.rotation import rotate_pairs, rotate_pairs_reference
+from qiusuo.kernels.rotation import (
+    rotate_halves,
+    rotate_halves_reference,
+    rotate_pairs,
+    rotate_pairs_reference,
+)
 from qiusuo.kernels.routing import (
     Choice,
     balance_loss,
@@ -17,6 +24,9 @@ from qiusuo.kernels.routing import (
     choose_experts_reference,
 )
 from tests.kernels.gradients import assert_all_close, normal, value_and_grads
+
+Rotation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ROTATIONS = [(rotate_pairs, rotate_pairs_reference), (rotate_halves, rotate_halves_reference)]
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native library is not in use")
 
@@ -37,14 +47,15 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 1, 2), (5, 3, 64), (7, 16, 10)])
+@pytest.mark.parametrize("kernels", ROTATIONS)
 def test_rotation_of_a_part_of_each_head(
-    dtype: torch.dtype, tokens: int, heads: int, width: int
+    kernels: tuple[Rotation, Rotation], dtype: torch.dtype, tokens: int, heads: int, width: int
 ) -> None:
     torch.manual_seed(0)
     whole = torch.randn(1, tokens, heads, width + 6).to(dtype)
     turns = torch.polar(torch.ones(1, tokens, width // 2), torch.randn(1, tokens, width // 2) * 9)
     x = whole[..., 6:]
-    got, expected = rotate_pairs(x, turns), rotate_pairs_reference(x, turns)
+    got, expected = (kernel(x, turns) for kernel in kernels)
     assert got.dtype is dtype
     torch.testing.assert_close(
         got, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-6
@@ -128,14 +139,16 @@ def test_balance_loss(sequences: int, tokens: int, experts: int, choices: int) -
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("all_rows", [False, True])
-def test_rotation_there_and_back(dtype: torch.dtype, all_rows: bool) -> None:
+@pytest.mark.parametrize("kernels", ROTATIONS)
+def test_rotation_there_and_back(
+    kernels: tuple[Rotation, Rotation], dtype: torch.dtype, all_rows: bool
+) -> None:
     """Gradients of a part of each head, with turns for every row or one for all."""
     rows = 3 if all_rows else 1
     turns = torch.polar(torch.ones(rows, 5, 4), 9 * normal(rows, 5, 4))
     whole = normal(3, 5, 2, 14, dtype=dtype)
     got, expected = (
-        value_and_grads(lambda x, k=kernel: k(x[..., 6:], turns), whole)
-        for kernel in (rotate_pairs, rotate_pairs_reference)
+        value_and_grads(lambda x, k=kernel: k(x[..., 6:], turns), whole) for kernel in kernels
     )
     assert_all_close(got, expected, 1e-2 if dtype is torch.bfloat16 else 1e-6)
 

@@ -21,32 +21,50 @@ def rotate_pairs_reference(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
     return turned.to(x_BTHR.dtype)
 
 
+def rotate_halves_reference(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
+    """As ``rotate_pairs_reference``, for pairs of elements p and p + R/2."""
+    first, second = x_BTHR.float().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * turns_BTP.unsqueeze(-2)
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x_BTHR.dtype)
+
+
 def rotate_pairs(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
     """As ``rotate_pairs_reference``; natively in one pass, where x stands in what a projection
     made. Backward, pairs are turned the other way."""
+    return _rotate(x_BTHR, turns_BTP, halves=False)
+
+
+def rotate_halves(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
+    """As ``rotate_halves_reference``, in the same ways as ``rotate_pairs``."""
+    return _rotate(x_BTHR, turns_BTP, halves=True)
+
+
+def _rotate(x_BTHR: Tensor, turns_BTP: Tensor, halves: bool) -> Tensor:
     with torch.no_grad():
         library = native_for(x_BTHR)
     plain = turns_BTP.dtype is torch.complex64 and turns_BTP.is_contiguous()
     if library is None or not plain or turns_BTP.shape[:2] not in _shapes(x_BTHR):
-        return rotate_pairs_reference(x_BTHR, turns_BTP)
+        reference = rotate_halves_reference if halves else rotate_pairs_reference
+        return reference(x_BTHR, turns_BTP)
     if torch.is_grad_enabled() and x_BTHR.requires_grad:
-        out_BTHR: Tensor = _Rotation.apply(x_BTHR, turns_BTP)
+        out_BTHR: Tensor = _Rotation.apply(x_BTHR, turns_BTP, halves)
         return out_BTHR
-    return _turned(library, x_BTHR, turns_BTP, back=False)
+    return _turned(library, x_BTHR, turns_BTP, halves, back=False)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTHR: Tensor, turns_BTP: Tensor, halves: bool) -> Tensor:
         library = native_for(x_BTHR)
         assert library is not None
-        ctx.library, ctx.turns_BTP = library, turns_BTP
-        return _turned(library, x_BTHR, turns_BTP, back=False)
+        ctx.library, ctx.turns_BTP, ctx.halves = library, turns_BTP, halves
+        return _turned(library, x_BTHR, turns_BTP, halves, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _turned(ctx.library, grads[0], ctx.turns_BTP, back=True), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_BTHR = _turned(ctx.library, grads[0], ctx.turns_BTP, ctx.halves, back=True)
+        return grad_BTHR, None, None
 
 
 def _shapes(x_BTHR: Tensor) -> tuple[tuple[int, int], ...]:
@@ -55,14 +73,14 @@ def _shapes(x_BTHR: Tensor) -> tuple[tuple[int, int], ...]:
     return (rows, tokens), (1, tokens)
 
 
-def _turned(library: Native, x_BTHR: Tensor, turns_BTP: Tensor, back: bool) -> Tensor:
+def _turned(library: Native, x_BTHR: Tensor, turns_BTP: Tensor, halves: bool, back: bool) -> Tensor:
     B, T, H, R = x_BTHR.shape
     even = B == 1 or x_BTHR.stride(0) == T * x_BTHR.stride(1)  # rows at one distance
     if x_BTHR.stride(-1) != 1 or not even:
         x_BTHR = x_BTHR.contiguous()
     out_BTHR = x_BTHR.new_empty(B, T, H, R)
     library.run(
-        "qiusuo_rotate_pairs", at(x_BTHR), KINDS[x_BTHR.dtype], at(turns_BTP),
-        turns_BTP.shape[0] * T, back, at(out_BTHR), B * T, H, R, x_BTHR.stride(1), x_BTHR.stride(2),
+        "qiusuo_rotate", at(x_BTHR), KINDS[x_BTHR.dtype], at(turns_BTP), turns_BTP.shape[0] * T,
+        halves, back, at(out_BTHR), B * T, H, R, x_BTHR.stride(1), x_BTHR.stride(2),
     )  # fmt: skip
     return out_BTHR

@@ -32,7 +32,7 @@ SIGNATURES = {
     "qiusuo_rms_norm_backward": [
         INT, AT, INT, AT, INT, SIZE, AT, INT, *[AT] * 3, *[SIZE] * 2,
     ],
-    "qiusuo_rotate_pairs": [INT, AT, INT, AT, SIZE, INT, AT, *[SIZE] * 5],
+    "qiusuo_rotate": [INT, AT, INT, AT, SIZE, *[INT] * 2, AT, *[SIZE] * 5],
     "qiusuo_cross_entropy": [INT, AT, INT, *[AT] * 2, *[SIZE] * 2],
     "qiusuo_choose_experts": [
         *[AT] * 3, *[SIZE] * 4, *[INT] * 2, FLOAT, *[AT] * 3, SIZE,

@@ -18,10 +18,10 @@ from qiusuo.kernels.attention import (
     shared_key_attention,
     tiles_of_mask,
 )
+from qiusuo.kernels.rotation import rotate_halves
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.groups import Group, cut
 from qiusuo.model.layers import Linear
-from qiusuo.model.rope import rotate_halves
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H query heads, K key-value heads,
 # G = H/K heads of a group, E head width, P = E/2.

@@ -64,10 +64,3 @@ def rotations(config: ModelConfig, positions_BT: Tensor) -> Tensor:
     if isinstance(yarn := config.rope_scaling, YarnScaling):
         magnitude = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)
     return torch.polar(torch.full_like(angles_BTP, magnitude), angles_BTP)
-
-
-def rotate_halves(x_BTHR: Tensor, turns_BTP: Tensor) -> Tensor:
-    """Turn p with p + R/2, as Llama and Qwen do; in float32, returned in x's type."""
-    first, second = x_BTHR.float().chunk(2, dim=-1)
-    turned = torch.complex(first, second) * turns_BTP.unsqueeze(-2)
-    return torch.cat((turned.real, turned.imag), dim=-1).to(x_BTHR.dtype)
