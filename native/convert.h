@@ -112,8 +112,8 @@ void quantize_row(const T *from, const float *importance, int64_t columns, uint8
         float numbers[BLOCK] = {}, counts[BLOCK];
         const int64_t left = columns - at < BLOCK ? columns - at : BLOCK;
         for (int64_t i = 0; i < left; i++) numbers[i] = widened(from[at + i]);
-        for (int64_t i = 0; i < BLOCK; i++)
-            counts[i] = importance && i < left ? importance[at + i] : 1.0f;
+        for (float &count : counts) count = 1.0f;
+        if (importance) std::memcpy(counts, importance + at, left * sizeof(float));
         uint8_t *const to = codes + at * BITS / 8;
         scales[at / BLOCK] =
             BITS == 8 ? quantize_eight(numbers, to) : quantize_four(numbers, counts, to);
