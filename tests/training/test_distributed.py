@@ -109,6 +109,7 @@ def assert_alike(mine: Any, theirs: Any, place: str) -> None:
         assert mine == theirs, place
 
 
+@pytest.mark.long
 def test_one_then_two_then_one(home: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Each goes on from the other's checkpoint, after a Ctrl-C."""
     run = tmp_path / "run"
