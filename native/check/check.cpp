@@ -18,8 +18,8 @@ void qiusuo_experts(int isa, int bits, const void *x, int kind, const int64_t *i
                     int64_t E, int64_t D, int64_t F);
 void qiusuo_dequantize(int isa, int bits, const void *codes, const void *scales, void *out,
                        int64_t rows, int64_t I);
-void qiusuo_quantize(int isa, int bits, const void *rows, int kind, const float *importance, void *codes, void *scales,
-                     int64_t count, int64_t I);
+void qiusuo_quantize(int isa, int bits, const void *rows, int kind, const float *importance,
+                     void *codes, void *scales, int64_t count, int64_t I);
 int qiusuo_walks_pages(int isa, int64_t width, int64_t latent, int64_t page_tokens);
 void qiusuo_keep_rows(int isa, const void *numbers, int kind, void *entries, const int64_t *slots,
                       int64_t N, int64_t rounded, int64_t exact, int64_t width);

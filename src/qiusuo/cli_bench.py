@@ -47,8 +47,8 @@ def train(
 def show_step(profile: StepProfile) -> None:
     """A training step's parts: their share of the time, and of what the machine could do."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("part")
-    for heading in ("forward", "backward", "of the step", "GFLOP", "GFLOP/s", "of the peak"):
+    table.add_column("part", no_wrap=True)
+    for heading in ("forward", "backward", "share", "GFLOP", "GFLOP/s", "of peak"):
         table.add_column(heading, justify="right")
     timed = sum(part.seconds for part in profile.parts)
     for part in profile.parts:

@@ -28,6 +28,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    return lives.write_recipe(folder / "tiny.toml", lives.recipe_table(corpus))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports take longer to draw than these runs to train; other processes draw theirs."""
+    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+
+
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A finished run of the tiny recipe, in this process."""
     path = tmp_path_factory.mktemp("runs") / "undisturbed"

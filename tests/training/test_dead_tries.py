@@ -16,12 +16,8 @@ from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from tests.training import dying_trying, lives
 
-pytestmark = pytest.mark.long  # whole lives of reinforcement, killed again and again
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+# Whole lives of reinforcement, killed again and again.
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_pictures")]
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,7 @@ from tests.training import lives, processes
 SAVED_EVERY = 8  # steps, of the tiny recipe
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
-
-
-@pytest.fixture(scope="module")
-def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    return lives.write_recipe(folder / "tiny.toml", lives.recipe_table(corpus))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

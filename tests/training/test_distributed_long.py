@@ -15,17 +15,7 @@ import pytest
 
 from tests.training import lives, processes, tasks
 
-pytestmark = pytest.mark.long
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
-
-
-@pytest.fixture
-def recipe_file(corpus: Path, tmp_path: Path) -> Path:
-    return lives.write_recipe(tmp_path / "tiny.toml", lives.recipe_table(corpus))
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("no_pictures")]
 
 
 def finish(process: subprocess.Popen[str], *codes: int) -> str:

@@ -24,9 +24,7 @@ from tests.training import lives, tasks
 SHORT, LONG = 16, 64
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def recipe_of(corpus: Path, *stages: dict[str, Any], positions: int = SHORT) -> Recipe:

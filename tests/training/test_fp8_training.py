@@ -23,9 +23,7 @@ BOTH = ("fp8", "fp8_ue8m0")
 both = pytest.mark.parametrize("precision", BOTH)
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def losses(path: Path) -> list[float]:

@@ -23,17 +23,7 @@ from qiusuo.runs.summary import read_summary
 from qiusuo.training.train import resume_run
 from tests.training import dying, lives
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports take longer to draw than these runs to train; the other processes draw theirs."""
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
-
-
-@pytest.fixture(scope="module")
-def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    return lives.write_recipe(folder / "tiny.toml", lives.recipe_table(corpus))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def start(home: Path, *words: str | Path) -> subprocess.Popen[str]:

@@ -28,9 +28,7 @@ MODELS = {
 every_model = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def losses_of(model: Transformer, length: int = 24, rows: int = 2) -> Losses:

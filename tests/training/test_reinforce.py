@@ -29,9 +29,7 @@ from tests.training.tasks import Make
 LORA: dict[str, Any] = {"adapter": {"rank": 2, "alpha": 4.0}}
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qiusuo.training.finish.write_report", lambda path: path)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def stage_of(**changes: Any) -> RlStage:

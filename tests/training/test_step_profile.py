@@ -40,6 +40,14 @@ def test_a_dense_model_has_no_experts() -> None:
     assert sum(part.flops for part in profile.parts) == pytest.approx(counted, rel=0.02)
 
 
+def test_steps_are_those_of_the_stage() -> None:
+    """In its precision, with as many micro-batches as it has."""
+    sets = ["stages.pretrain.batch_size=4", *SMALL[1:], "stages.pretrain.precision=fp8"]
+    profile = profile_step(read_recipe("seconds", sets), steps=1)
+    assert (profile.precision, profile.tokens) == ("fp8", 64)
+    assert min(part.forward for part in profile.parts) > 0
+
+
 def test_a_recipe_without_text_to_learn_is_refused() -> None:
     recipe = read_recipe("seconds")
     with pytest.raises(RecipeError, match="needs \\[model\\]"):

@@ -36,8 +36,8 @@ def load(
     many bits, and ``dtype`` is then that of the rest and of what is computed, bfloat16 if None.
     ``draft``: as ``LanguageModel`` knows it, or another, smaller model of the same vocabulary,
     named and loaded in the same way, but not quantised. ``cache``: "int8" keeps what is known of
-    each token in about half the bytes of bfloat16, to hold longer contexts and to read them faster;
-    None in the type that is computed (docs/engine.md). CheckpointError for what is not there, does
+    each token in little more than half the bytes of bfloat16, to hold longer contexts; None in the
+    type that is computed (docs/engine.md). CheckpointError for what is not there, does
     not fit together or needs more memory than is free.
     """
     if fault := device_fault(device):

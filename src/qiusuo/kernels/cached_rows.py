@@ -1,7 +1,7 @@
 """How a token's row stands in the cache: as the model's numbers, or rounded to int8.
 
-Decoding in a long context reads every row of it for every token, so fewer bytes a row are more
-tokens a second, and a longer context in the same memory. An int8 row holds
+Fewer bytes a row are a longer context in the same memory. Reading less of it for every token makes
+decoding hardly faster: what memory saves, unpacking takes (docs/log.md). An int8 row holds
 
     codes    of the ``rounded`` numbers, a byte each, filled up to whole blocks of 32
     exact    the other numbers, in the model's type

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +25,7 @@ from qiusuo.kernels.fp8 import (
     result_type,
     weight_gradient,
 )
+from qiusuo.kernels.swiglu import activated, activated_backward
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.
@@ -68,7 +68,7 @@ class _Fp8Experts(torch.autograd.Function):
         gate_up = _quantize_all(gate_up_EGD, layout.segments, scales[0])
         h_RG = _each(x, gate_up, layout.segments, x_MD.dtype)
         down = _quantize_all(down_EDF, layout.segments, scales[1])
-        weighted = quantize(_swiglu(h_RG) * weight_R, ROW, scales[1].inputs)
+        weighted = quantize(activated(h_RG) * weight_R, ROW, scales[1].inputs)
         y_RD = _each(weighted, down, layout.segments, x_MD.dtype)
         h = quantize(h_RG, ROW)
         ctx.save_for_backward(
@@ -91,12 +91,12 @@ class _Fp8Experts(torch.autograd.Function):
         down = _weights(kept[count:], down_scales)
         grad_RD = gather_rows(grad_MD, pair_R, ctx.pairs[0][1], grad_MD.dtype)
         h_RG = dequantize(Quantized(h_codes, h_scales, ROW, False), grad_MD.dtype)
-        act_RF = _swiglu(h_RG)
+        act_RF = activated(h_RG)
         weighted = quantize(act_RF * weight_R, ROW, down_scales.inputs)
         grad = quantize(grad_RD, ROW, down_scales.gradients)
         grad_RF = _each(grad, [one.t() for one in down], segments, grad_MD.dtype)
         grad_weight_R = (grad_RF * act_RF).sum(-1, dtype=torch.float32)
-        grad_h_RG = _swiglu_backward(grad_RF * weight_R, h_RG)
+        grad_h_RG = activated_backward(grad_RF * weight_R, h_RG)
         grad = quantize(grad_h_RG, ROW, up_scales.gradients)
         grad_x_RD = _each(grad, [one.t() for one in gate_up], segments, grad_MD.dtype)
         x = Quantized(x_codes, x_scales, ROW, up_scales.inputs)
@@ -138,15 +138,3 @@ def _each(
             for (_, start, stop), weight in zip(segments, weights, strict=True)
         ]
     )
-
-
-def _swiglu(h_RG: Tensor) -> Tensor:
-    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-    return F.silu(gate_RF) * up_RF
-
-
-def _swiglu_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:
-    """Gradient of [gate, up] from that of silu(gate) · up."""
-    gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-    grad_gate_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
-    return torch.cat((grad_gate_RF, grad_RF * F.silu(gate_RF)), -1)

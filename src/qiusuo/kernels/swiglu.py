@@ -83,7 +83,7 @@ class WeightedRows(NamedTuple):
         """silu(gate) · up · weight [R, F]. Without gradients."""
         library = native_for(self.h_RG)
         if library is None:
-            return _act(self.h_RG) * self._weight_R1()
+            return activated(self.h_RG) * self._weight_R1()
         out_RF = self.h_RG.new_empty(len(self.h_RG), self.h_RG.shape[1] // 2)
         library.run("qiusuo_swiglu", *self._told(), at(out_RF))
         return out_RF
@@ -115,20 +115,21 @@ class WeightedRows(NamedTuple):
         return weight_R[:, None].to(self.h_RG.dtype)
 
     def _plain_backward(self, grad_RF: Tensor, grad_weights_P: Tensor) -> tuple[Tensor, Tensor]:
-        act_RF, weight_R1 = _act(self.h_RG), self._weight_R1()
+        act_RF, weight_R1 = activated(self.h_RG), self._weight_R1()
         grad_weight_R = (grad_RF * act_RF).sum(-1, dtype=torch.float32)
         kept_R = self.pair_R >= 0
         grad_weights_P[self.pair_R[kept_R]] = grad_weight_R[kept_R].to(grad_weights_P.dtype)
-        grad_h_RG = _silu_backward(grad_RF * weight_R1, self.h_RG)
+        grad_h_RG = activated_backward(grad_RF * weight_R1, self.h_RG)
         return grad_h_RG, act_RF * weight_R1
 
 
-def _act(h_RG: Tensor) -> Tensor:
+def activated(h_RG: Tensor) -> Tensor:
+    """silu(gate) · up [R, F] of rows [gate, up]. Without gradients."""
     gate_RF, up_RF = h_RG.chunk(2, dim=-1)
     return F.silu(gate_RF).mul_(up_RF)
 
 
-def _silu_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:
+def activated_backward(grad_RF: Tensor, h_RG: Tensor) -> Tensor:
     """Gradient of [gate, up] from that of silu(gate) · up; ``grad_RF`` is used up."""
     gate_RF, up_RF = h_RG.chunk(2, dim=-1)
     grad_h_RG = torch.empty_like(h_RG)

@@ -4,8 +4,8 @@ Scores exist for a block of queries and keys at a time (FlashAttention, arXiv:22
 float32 from product to softmax; beside the result one number per query is kept, from which the
 backward pass finds the weights again. Memory is linear in the sequence. Queries and keys may be
 wider than values, key heads fewer than query heads. Tensors are read and written where they
-stand: results
-and gradients lie in memory as [B, T, H, X], as the projections around an attention have them.
+stand: results and gradients lie in memory as [B, T, H, X], as the projections around an attention
+have them.
 """
 
 from __future__ import annotations

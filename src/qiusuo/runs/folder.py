@@ -240,15 +240,7 @@ class FollowedRun(RunFolder):
 
     open_samples = open_log
 
-    def set_status(
-        self,
-        state: State,
-        *,
-        stage: str = "",
-        step: int = 0,
-        steps: int = 0,
-        error: str | None = None,
-    ) -> None:
+    def set_status(self, state: State, **facts: Any) -> None:
         return
 
     def prune(self, keep: int = 2, protect: Collection[int] = ()) -> list[int]:

@@ -1,11 +1,12 @@
 """Where the time of a training step goes, part by part, and how far from the machine's rate it is.
 
-Each module of a part is timed by hooks where its forward and its backward pass begin and end; on a
-CPU these run one after the other, so what is between them is the part's own. The losses make their
-gradients in the forward pass and are no module: they have what the model's blocks leave of it. What
-no part claims is "rest": embedding, residual sums, gradients that are added up. The arithmetic of a
-part is counted from its shapes, as model/cost.py counts it; its rate stands beside that of a large
-matrix product, measured in the same minute.
+The steps are those of training (``SupervisedSteps``), on random tokens. Each module of a part is
+timed by hooks where its forward and its backward pass begin and end; on a CPU these run one after
+the other, so what is between them is the part's own. The losses make their gradients in the forward
+pass and are no module: they have what the model's blocks leave of it. What no part claims is
+"rest": embedding, residual sums, gradients that are added up, what is counted for the log. The
+arithmetic of a part is counted from its shapes, as model/cost.py counts it; its rate stands beside
+that of a large matrix product, measured in the same minute.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from qiusuo.data.batch import Batch
+from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import measure
 from qiusuo.model.gqa import GroupedQueryAttention
 from qiusuo.model.layers import MLP, RMSNorm
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, Router
 from qiusuo.model.transformer import Transformer
-from qiusuo.training.hardware import keep_freed_memory, matmul_peak
-from qiusuo.training.losses import language_model_losses, make_window
+from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.stages import SupervisedStage
+from qiusuo.training.state import StageState
+from qiusuo.training.supervised import SupervisedSteps
 
 WARM_UP = 3  # steps that choose code and room
 
@@ -44,6 +48,7 @@ PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "norms between them": (RMSNorm,),
 }
 BLOCKS = "blocks"  # the embedding, all blocks and the last norm; MTP modules
+FORWARD, STEP = "forward passes", "step"  # the whole of them
 HEAD, OPTIMIZER, REST = "head and losses", "clip and optimizer", "rest"
 
 
@@ -109,19 +114,23 @@ def profile_step(recipe: Recipe, steps: int, device: str = "cpu") -> StepProfile
     model = Transformer(recipe.model_for(recipe.tokenizer.vocab_size)).to(device)
     model.initialize(torch.Generator().manual_seed(recipe.seed))
     keep_freed_memory()
-    step = _Step(model, stage, device)
+    optimizers = build_optimizers(model, stage.optimizer)
+    state = StageState(model, optimizers, _SameText(model.config, stage), stage.name, stage.steps)
+    work = SupervisedSteps(stage, state, lambda entry: None, isolate=False, seed=recipe.seed)
+    clock = _Clock()
     for _ in range(WARM_UP):
-        step.run()
-    plain = [step.run()["step", "forward"] for _ in range(steps)]
-    with _hooks(model) as clock:
-        timed = [step.run(clock) for _ in range(steps)]
-    flops = flops_by_part(model, step.batch * stage.sequence_length, stage.sequence_length)
+        _step(work, clock)
+    plain = [_step(work, clock)[STEP, "forward"] for _ in range(steps)]
+    with _hooks(work, clock):
+        timed = [_step(work, clock) for _ in range(steps)]
+    tokens = stage.batch_size * stage.sequence_length
+    flops = flops_by_part(model, tokens, stage.sequence_length)
     return StepProfile(
         _parts(timed, flops),
         statistics.median(plain),
-        step.batch * stage.sequence_length,
+        tokens,
         sum(flops.values()),
-        matmul_peak(step.dtype, torch.device(device).type),
+        work.peak,
         stage.precision,
     )
 
@@ -163,9 +172,10 @@ def _parts(timed: list[Seconds], flops: dict[str, float]) -> list[PartTime]:
         known = {key: seconds for key, seconds in one.items() if key[0] in (*PARTS, OPTIMIZER)}
         inside = sum(known[part, "forward"] for part in PARTS if (part, "forward") in known)
         behind = sum(known[part, "backward"] for part in PARTS if (part, "backward") in known)
-        known[HEAD, "forward"] = one["pass", "forward"] - one[BLOCKS, "forward"]
+        known[HEAD, "forward"] = one[FORWARD, "forward"] - one[BLOCKS, "forward"]
         known[REST, "forward"] = one[BLOCKS, "forward"] - inside
-        known[REST, "backward"] = one["pass", "backward"] - behind
+        passes = one[STEP, "forward"] - one[OPTIMIZER, "forward"]
+        known[REST, "backward"] = passes - one[FORWARD, "forward"] - behind
         found.append(known)
 
     def median(part: str, direction: str) -> float:
@@ -182,53 +192,42 @@ def _parts(timed: list[Seconds], flops: dict[str, float]) -> list[PartTime]:
     ]
 
 
-class _Step:
-    """One step as ``SupervisedSteps`` takes it, with one micro-batch of random tokens."""
+class _SameText:
+    """A ``Feed`` of always the same random tokens."""
 
-    def __init__(self, model: Transformer, stage: SupervisedStage, device: str) -> None:
-        self.model, self.stage, self.device = model, stage, device
-        self.dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
-        self.batch = stage.micro_batch_size or stage.batch_size
-        self.optimizers = build_optimizers(model, stage.optimizer)
-        depth = model.config.num_nextn_predict_layers
-        shape = self.batch, stage.sequence_length + 1 + depth
+    def __init__(self, config: ModelConfig, stage: SupervisedStage) -> None:
+        shape = stage.batch_size, stage.sequence_length + 1 + config.num_nextn_predict_layers
         chance = torch.Generator().manual_seed(0)
-        tokens_BS = torch.randint(model.config.vocab_size, shape, generator=chance).to(device)
+        tokens_BS = torch.randint(config.vocab_size, shape, generator=chance)
         documents_BS = torch.zeros_like(tokens_BS)
-        valid_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
-        self.window = make_window(tokens_BS, documents_BS, valid_BS, depth, isolate=False)
-        self.forward = language_model_losses
-        if stage.compile:
-            self.forward = torch.compile(language_model_losses, dynamic=False)
+        self.batch = Batch(tokens_BS, documents_BS, torch.ones_like(tokens_BS, dtype=torch.bool))
 
-    def run(self, clock: _Clock | None = None) -> Seconds:
-        """Take a step; the seconds of it and of its passes, and of what the clock's hooks saw."""
-        clock, began = clock or _Clock(), time.perf_counter()
-        clock.start("pass", "forward")
-        with torch.autocast(self.device, self.dtype, self.dtype != torch.float32):
-            losses = self.forward(self.model, self.window)
-        count = self.window.labels[0].numel()
-        total = losses.main / count + self.stage.balance.sequence_weight * losses.balance
-        for ahead in losses.mtp:
-            total = total + self.stage.mtp_weight / len(losses.mtp) * ahead / count
-        clock.stop("pass", "forward")
-        clock.start("pass", "backward")
-        total.backward()
-        clock.stop("pass", "backward")
-        clock.start(OPTIMIZER, "forward")
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.clip).item()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
-        clock.stop(OPTIMIZER, "forward")
-        return {**clock.taken(), ("step", "forward"): time.perf_counter() - began}
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return
+
+
+def _step(work: SupervisedSteps, clock: _Clock) -> Seconds:
+    """Take a step; its seconds, and what the clock's hooks saw of it."""
+    clock.start(STEP, "forward")
+    work.one_step()
+    work.load.update_biases(work.bias_speed)
+    clock.stop(STEP, "forward")
+    return clock.taken()
 
 
 @contextmanager
-def _hooks(model: Transformer) -> Iterator[_Clock]:
-    clock = _Clock()
+def _hooks(work: SupervisedSteps, clock: _Clock) -> Iterator[None]:
+    """Let the clock see every part of a step."""
+    model = work.state.model
     handles: list[Any] = []
     for _, module, part in _modules(model):
         handles += [
@@ -239,22 +238,30 @@ def _hooks(model: Transformer) -> Iterator[_Clock]:
         ]
     handles.append(model.register_forward_pre_hook(_told(clock.start, BLOCKS, "forward")))
     handles.append(model.register_forward_hook(_told(clock.stop, BLOCKS, "forward")))
-    for block in model.model.mtp_blocks:  # hooks see ``forward`` alone
-        vars(block)["predict"] = _timed(block.predict, clock)
+    # What modules' hooks do not see: they know ``forward`` alone.
+    timed: list[tuple[Any, str, str]] = [(work, "forward", FORWARD)]
+    timed.append((work, "apply_gradients", OPTIMIZER))
+    timed += [(block, "predict", BLOCKS) for block in model.model.mtp_blocks]
+    before = [(owner, vars(owner).get(name)) for owner, name, _ in timed]
+    for owner, name, part in timed:
+        vars(owner)[name] = _timed(getattr(owner, name), clock, part)
     try:
-        yield clock
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for block in model.model.mtp_blocks:
-            del vars(block)["predict"]
+        for (owner, name, _), (_, own) in zip(timed, before, strict=True):
+            if own is None:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = own
 
 
-def _timed(function: Callable[..., Any], clock: _Clock) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], clock: _Clock, part: str) -> Callable[..., Any]:
     def run(*given: Any) -> Any:
-        clock.start(BLOCKS, "forward")
+        clock.start(part, "forward")
         result = function(*given)
-        clock.stop(BLOCKS, "forward")
+        clock.stop(part, "forward")
         return result
 
     return run
