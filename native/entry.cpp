@@ -1,6 +1,7 @@
 // The C interface, and which instruction set answers it.
 #include "amx_attention.h"
 #include "amx_training_attention.h"
+#include "amx_training_mlp.h"
 #include "kernels.h"
 #include "small.h"
 #include "threads.h"
@@ -128,6 +129,19 @@ void qiusuo_attend_backward(const View *q, const View *k, const View *v, const V
                         *grad_q, *grad_k, *grad_v);
 }
 
+// SwiGLU networks that learn; amx_training_mlp.h. Only where the instruction set is 5.
+void qiusuo_training_mlp(const TrainingMlp *call, void *y) {
+    amx_training_mlp(*call, static_cast<uint16_t *>(y));
+}
+
+void qiusuo_training_mlp_backward(const TrainingMlp *call, const void *grad_y, void *grad_rows,
+                                  float *grad_weights, void *grad_gate, void *grad_up,
+                                  void *grad_down) {
+    amx_training_mlp_backward(*call, static_cast<const uint16_t *>(grad_y),
+                              static_cast<uint16_t *>(grad_rows), grad_weights, grad_gate, grad_up,
+                              grad_down);
+}
+
 // What stands between the products; between.h.
 void qiusuo_swiglu(int isa, int kind, const void *gate, const void *up, int64_t stride,
                    const float *weight, const int64_t *pair, int64_t rows, int64_t F, void *out) {
@@ -202,8 +216,8 @@ void qiusuo_balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_
     balance(scores, B, T, E, K, losses, grad);
 }
 
-int qiusuo_sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
-                      int64_t *starts) {
-    return sort_pairs(experts, P, E, place, pair, starts);
+int qiusuo_sort_pairs(const int64_t *experts, int64_t P, int64_t E, int filled, int64_t *place,
+                      int64_t *pair, int64_t *starts) {
+    return sort_pairs(experts, P, E, filled != 0, place, pair, starts);
 }
 }

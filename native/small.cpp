@@ -163,8 +163,8 @@ void balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, fl
     });
 }
 
-bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
-                int64_t *starts) {
+bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, bool filled, int64_t *place,
+                int64_t *pair, int64_t *starts) {
     std::fill_n(starts, E + 1, 0);
     for (int64_t p = 0; p < P; p++) {
         if (experts[p] < 0 || experts[p] >= E) return false;
@@ -173,7 +173,7 @@ bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, in
     std::vector<int64_t> next(E);
     for (int64_t e = 0; e < E; e++) {
         const int64_t begin = next[e] = starts[e], count = starts[e + 1];
-        starts[e + 1] = begin + rounded_up(count);
+        starts[e + 1] = begin + (filled ? rounded_up(count) : count);
         std::fill(pair + begin + count, pair + starts[e + 1], -1);
     }
     for (int64_t p = 0; p < P; p++) {

@@ -26,8 +26,8 @@ void balance(const float *scores, int64_t B, int64_t T, int64_t E, int64_t K, fl
              float *grad);
 
 // Pairs (token, choice) sorted by expert, equal ones as they came: row place[p] is pair p, pair[row]
-// the other way round, -1 in the rows that a segment is rounded up by. Expert e has the rows
-// starts[e] .. starts[e + 1] - 1; `pair` has room for P + P / 8 + E. False where a number is none of
-// the E experts'.
-bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, int64_t *place, int64_t *pair,
-                int64_t *starts);
+// the other way round. Expert e has the rows starts[e] .. starts[e + 1] - 1. `filled`: segments are
+// rounded up by rows of -1, and `pair` has room for P + P / 8 + E. False where a number is none of the
+// E experts'.
+bool sort_pairs(const int64_t *experts, int64_t P, int64_t E, bool filled, int64_t *place,
+                int64_t *pair, int64_t *starts);

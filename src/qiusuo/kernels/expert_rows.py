@@ -20,54 +20,55 @@ from qiusuo.kernels.native import KINDS, at, native, native_for
 
 class Layout(NamedTuple):
     """Where the pairs stand once sorted. ``place_P``: the row of each pair; ``pair_R``: the pair of
-    each row, −1 in padding; ``segments``: non-empty (expert, first row, last row + 1). Segments are
-    rounded up to a few sizes; the rows between are zeros of weight zero, so they add nothing."""
+    each row, −1 in padding; ``starts``: each expert's first row, and the end [E+1]."""
 
     place_P: Tensor
     pair_R: Tensor
-    segments: list[tuple[int, int, int]]
+    starts: Tensor
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Every expert that has rows: its number, first row, last row + 1."""
+        pairs = enumerate(pairwise(self.starts.tolist()))
+        return [(e, start, stop) for e, (start, stop) in pairs if stop > start]
 
 
-def sort_by_expert(indices_MK: Tensor, experts: int) -> Layout:
-    """IndexError for an expert that is none of them."""
+def sort_by_expert(indices_MK: Tensor, experts: int, filled: bool = True) -> Layout:
+    """``filled``: round segments up to a few sizes; the rows between are zeros of weight zero, so
+    they add nothing. IndexError for an expert that is none of them."""
     pairs = indices_MK.numel()
     library = None
     if indices_MK.device.type == "cpu" and not torch.compiler.is_compiling():
         library = native()
     if library is None or indices_MK.dtype is not torch.int64:
-        return sort_by_expert_reference(indices_MK, experts)
+        return sort_by_expert_reference(indices_MK, experts, filled)
     place_P = indices_MK.new_empty(pairs)
-    pair_R = indices_MK.new_empty(pairs + pairs // 8 + experts)
+    pair_R = indices_MK.new_empty(pairs + (pairs // 8 + experts if filled else 0))
     starts = indices_MK.new_empty(experts + 1)
     indices_MK = indices_MK.contiguous()
     if not library.library.qiusuo_sort_pairs(
-        at(indices_MK), pairs, experts, at(place_P), at(pair_R), at(starts)
+        at(indices_MK), pairs, experts, filled, at(place_P), at(pair_R), at(starts)
     ):
         raise IndexError(f"experts are numbered from 0 to {experts - 1}, another was chosen")
-    rows = starts.tolist()
-    return Layout(place_P, pair_R[: rows[-1]], _segments(rows))
+    return Layout(place_P, pair_R[: int(starts[-1])], starts)
 
 
-def sort_by_expert_reference(indices_MK: Tensor, experts: int) -> Layout:
+def sort_by_expert_reference(indices_MK: Tensor, experts: int, filled: bool = True) -> Layout:
     """The same, by PyTorch's own sort."""
     expert_P = indices_MK.flatten()
     order_P = torch.argsort(expert_P, stable=True)
     rows, shifts, shift = [0], [], 0
     for count in torch.bincount(expert_P, minlength=experts).tolist():
+        room = _round_up(count) if filled else count
         shifts.append(shift)
-        rows.append(rows[-1] + _round_up(count))
-        shift += _round_up(count) - count
+        rows.append(rows[-1] + room)
+        shift += room - count
     place_sorted_P = torch.arange(order_P.numel(), device=order_P.device)
     place_sorted_P += torch.tensor(shifts, device=order_P.device)[expert_P[order_P]]
     place_P = torch.empty_like(order_P)
     place_P[order_P] = place_sorted_P
     pair_R = order_P.new_full((rows[-1],), -1)
     pair_R[place_sorted_P] = order_P
-    return Layout(place_P, pair_R, _segments(rows))
-
-
-def _segments(rows: list[int]) -> list[tuple[int, int, int]]:
-    return [(e, start, stop) for e, (start, stop) in enumerate(pairwise(rows)) if stop > start]
+    return Layout(place_P, pair_R, torch.tensor(rows))
 
 
 def _round_up(count: int) -> int:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from qiusuo.kernels.expert_rows import gather_rows, sort_by_expert, sum_choices
 from qiusuo.kernels.linear import FEW, few_rows, linear, tiles_for
 from qiusuo.kernels.swiglu import WeightedRows
+from qiusuo.kernels.tile_mlp import fit_tiles, tile_experts, tiles_learn
 
 # M tokens, K experts per token, P = M*K pairs, R rows (the pairs sorted, some of them padding),
 # E experts, D hidden, F expert width, G = 2F.
@@ -58,6 +59,8 @@ def experts_grouped(
         return library.experts(x_MD.contiguous(), weights32_MK, indices_MK.contiguous(), *experts)
     if len(x_MD) == 1 and device == "cpu" and not torch.is_grad_enabled():
         return _experts_of_one(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF)
+    if tiles_learn(x_MD) and fit_tiles(gate_up_EGD, down_EDF):
+        return tile_experts(x_MD, weights_MK, indices_MK, gate_up_EGD, down_EDF)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_MD, gate_up_EGD, down_EDF = x_MD.to(dtype), gate_up_EGD.to(dtype), down_EDF.to(dtype)
@@ -114,7 +117,8 @@ class _GroupedExperts(torch.autograd.Function):
         h_RG = x_RD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
         learning = any(ctx.needs_input_grad)
         y_RD = torch.empty_like(x_RD)
-        for expert, start, stop in layout.segments:
+        segments = layout.segments()
+        for expert, start, stop in segments:
             own_RG = h_RG[start:stop]
             _product(x_RD[start:stop], gate_up_EGD[expert], own_RG, learning)
             weighted_RF = WeightedRows(own_RG, weights_P, layout.pair_R[start:stop]).weighted()
@@ -122,7 +126,7 @@ class _GroupedExperts(torch.autograd.Function):
         if learning:
             kept = (x_RD, h_RG, weights_P, layout.place_P, layout.pair_R, gate_up_EGD, down_EDF)
             ctx.save_for_backward(*kept)
-        ctx.segments, ctx.weights_like = layout.segments, weights_MK
+        ctx.segments, ctx.weights_like = segments, weights_MK
         return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])
 
     @staticmethod

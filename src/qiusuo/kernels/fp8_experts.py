@@ -60,22 +60,23 @@ class _Fp8Experts(torch.autograd.Function):
         scales: tuple[Scales, Scales],
     ) -> Tensor:
         layout = sort_by_expert(indices_MK, len(gate_up_EGD))
+        segments = layout.segments()
         weight_R = x_MD.new_zeros(len(layout.pair_R), 1)
         weight_R[layout.place_P] = weights_MK.reshape(-1, 1).to(x_MD.dtype)
         # Padding is zeros, and so is never the largest of a tile of tokens.
         x_RD = gather_rows(x_MD, layout.pair_R, indices_MK.shape[1], x_MD.dtype)
         x = quantize(x_RD, ROW, scales[0].inputs)
-        gate_up = _quantize_all(gate_up_EGD, layout.segments, scales[0])
-        h_RG = _each(x, gate_up, layout.segments, x_MD.dtype)
-        down = _quantize_all(down_EDF, layout.segments, scales[1])
+        gate_up = _quantize_all(gate_up_EGD, segments, scales[0])
+        h_RG = _each(x, gate_up, segments, x_MD.dtype)
+        down = _quantize_all(down_EDF, segments, scales[1])
         weighted = quantize(activated(h_RG) * weight_R, ROW, scales[1].inputs)
-        y_RD = _each(weighted, down, layout.segments, x_MD.dtype)
+        y_RD = _each(weighted, down, segments, x_MD.dtype)
         h = quantize(h_RG, ROW)
         ctx.save_for_backward(
             *(weight_R, layout.place_P, layout.pair_R, *x[:2], *h[:2]),
             *(part for weight in (*gate_up, *down) for part in weight[:2]),
         )
-        ctx.segments, ctx.scales = layout.segments, scales
+        ctx.segments, ctx.scales = segments, scales
         ctx.pairs = weights_MK.shape, weights_MK.dtype
         ctx.stacks = [(stack.shape, stack.dtype) for stack in (gate_up_EGD, down_EDF)]
         return sum_choices(y_RD, layout.place_P, indices_MK.shape[1])

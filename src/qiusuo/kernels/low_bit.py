@@ -244,7 +244,7 @@ def _experts_of_many(
     weights_P = weights_MK.flatten().float()
     x_RD = gather_rows(x_MD, layout.pair_R, indices_MK.shape[1], x_MD.dtype)
     y_RD = torch.empty_like(x_RD)
-    for expert, start, stop in layout.segments:
+    for expert, start, stop in layout.segments():
         h_RG = torch.mm(x_RD[start:stop], _as_bf16(gate_up[expert]).t())
         weighted_RF = WeightedRows(h_RG, weights_P, layout.pair_R[start:stop]).weighted()
         torch.mm(weighted_RF, _as_bf16(down[expert]).t(), out=y_RD[start:stop])

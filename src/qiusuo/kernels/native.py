@@ -315,7 +315,7 @@ def _load(file: Path) -> ctypes.CDLL:
         library.qiusuo_use_threads.argtypes = [AT]
         library.qiusuo_use_threads.restype = None
         library.qiusuo_walks_pages.argtypes = [INT, *[SIZE] * 3]
-        library.qiusuo_sort_pairs.argtypes = [AT, *[SIZE] * 2, *[AT] * 3]
+        library.qiusuo_sort_pairs.argtypes = [AT, *[SIZE] * 2, INT, *[AT] * 3]
         for name, arguments in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None

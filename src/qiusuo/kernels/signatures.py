@@ -13,7 +13,17 @@ class View(ctypes.Structure):
     _fields_ = (("at", AT), ("batch", SIZE), ("head", SIZE), ("row", SIZE))
 
 
-VIEW = ctypes.POINTER(View)
+class TrainingMlp(ctypes.Structure):
+    """``TrainingMlp`` of native/amx_training_mlp.h."""
+
+    _fields_ = (
+        ("x", AT), ("x_kind", INT), ("gate", AT), ("up", AT), ("down", AT), ("weight_kind", INT),
+        ("gate_stride", SIZE), ("down_stride", SIZE), ("starts", AT), ("pair", AT),
+        ("weights", AT), ("K", SIZE), ("E", SIZE), ("D", SIZE), ("F", SIZE),
+    )  # fmt: skip
+
+
+VIEW, MLP = ctypes.POINTER(View), ctypes.POINTER(TrainingMlp)
 SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
@@ -24,6 +34,8 @@ SIGNATURES = {
     "qiusuo_latent_attention": [*[AT] * 2, INT, AT, SIZE, *[AT] * 2, *[SIZE] * 5, FLOAT],
     "qiusuo_attend": [*[VIEW] * 5, AT, INT, *[SIZE] * 7, FLOAT],
     "qiusuo_attend_backward": [*[VIEW] * 5, AT, *[VIEW] * 4, *[SIZE] * 7, FLOAT],
+    "qiusuo_training_mlp": [MLP, AT],
+    "qiusuo_training_mlp_backward": [MLP, *[AT] * 6],
     "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],
     "qiusuo_swiglu_backward": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, *[AT] * 5],
     "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],

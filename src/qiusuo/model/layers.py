@@ -9,6 +9,7 @@ from qiusuo.kernels.fp8 import Scales, fp8_linear
 from qiusuo.kernels.linear import linear
 from qiusuo.kernels.norm import rms_norm
 from qiusuo.kernels.swiglu import swiglu
+from qiusuo.kernels.tile_mlp import fit_tiles, tile_mlp, tiles_learn
 
 # B batch, T tokens, D hidden, F intermediate.
 
@@ -46,5 +47,17 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if tiles_learn(x_BTD) and all(_is_only_its_weight(layer) for layer in layers):
+            weights = tuple(layer.weight for layer in layers)
+            if fit_tiles(*weights):
+                return tile_mlp(x_BTD, *weights)
         out_BTD: Tensor = self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
         return out_BTD
+
+
+def _is_only_its_weight(layer: nn.Module) -> bool:
+    """Whether calling the layer means no more than a product with its weight."""
+    if type(layer) is not Linear or layer.fp8 is not None or layer.rows is not None:
+        return False
+    return layer.bias is None and not layer._forward_hooks and not layer._forward_pre_hooks
