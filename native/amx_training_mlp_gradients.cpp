@@ -31,7 +31,6 @@ struct Backward {
     void *grad_gate, *grad_up, *grad_down;
     int64_t slices, slice;           // how many, and how wide
     std::vector<int64_t> busy;       // experts that have rows
-    Scratch shares_room, pulls_room;
     float *shares;                   // of the gradient of x [slices][rows][D]; null for one slice
     float *pulls;                    // of the gradient of the rows' weights [slices][rows]
 
@@ -41,11 +40,12 @@ struct Backward {
           grad_gate(grad_gate), grad_up(grad_up), grad_down(grad_down) {
         const int64_t wide = std::min(WIDEST, up(SLICE / call.D, STEP) * STEP);
         slices = up(call.F, wide);
-        if (slices > 1 && call.E == 1) slices = up(slices, 4) * 4;  // something for each thread
+        if (call.E == 1) slices = up(slices, 2) * 2;  // no thread shall be idle
         slice = up(up(call.F, slices), STEP) * STEP;
         slices = up(call.F, slice);
         for (int64_t e = 0; e < call.E; e++)
             if (call.starts[e + 1] > call.starts[e]) busy.push_back(e);
+        thread_local Scratch shares_room, pulls_room;
         shares = slices > 1 ? shares_room.room<float>(slices * rows() * call.D) : nullptr;
         pulls = grad_weights ? pulls_room.room<float>(slices * rows()) : nullptr;
     }
