@@ -7,9 +7,10 @@ quantised folder is not even copied: its file is mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,6 @@ from qiusuo.checkpoint.tensors import (
 )
 from qiusuo.data.cache import show_bytes
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.kernels.low_bit import LowBit
 from qiusuo.model.cost import available_memory, held_tensors, meta_model, needed_bytes
 from qiusuo.model.low_bit import CODES, SCALES, low_bit_weights, make_low_bit, stem
 from qiusuo.model.transformer import Transformer
@@ -74,6 +74,28 @@ def loaded_bytes(
     already, in the system's cache or for another process, are free memory to the system too."""
     kind = dtype or _rest_dtype(checkpoint, bits)
     return needed_bytes(checkpoint.config, kind, loaded_bits(checkpoint, dtype, bits))
+
+
+class Held(NamedTuple):
+    """The rows of a tensor that a process holds: those of ``tensor``, from number ``first`` on. Of
+    stacked experts: its experts."""
+
+    tensor: Tensor
+    first: int = 0
+
+
+def fill_held(checkpoint: Checkpoint, held: Mapping[str, Held]) -> None:
+    """Read into a model's tensors, by their names in memory, as much as is held of each; nothing
+    else is read. Raises CheckpointError as ``load_model`` does."""
+    check_inventory(checkpoint)
+    tensors = [own.tensor for own in held.values()]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        needed = sum(tensor.nbytes for tensor in tensors)
+        _check_memory(checkpoint, tensors[0].dtype, None, needed)
+    for name, part in disk_layout(checkpoint.config, meta_state(checkpoint.config)):
+        for _ in _read(checkpoint.tensors[name], part, held[part.name]):
+            pass
+    check_copies(checkpoint, checkpoint.tensors)
 
 
 def load_model(
@@ -131,24 +153,41 @@ def _filled(
     done, total = 0, sum(tensor.nbytes for tensor in state.values())
     for name, part in disk_layout(config, plain):
         source, packed = checkpoint.tensors[name], low.get(part.name)
-        for start, rows in chunks(source):
-            where = slice(start, start + len(rows))
-            if packed is None:
-                kept = narrowed(rows, held[part.name].dtype, source.place)
-                part.of(state)[where].copy_(kept)
-                done += kept.nbytes
-            else:
-                found = quantized_rows(rows, packed, source.place)
-                _put(state, part, where, found)
-                done += found.nbytes
+        if packed is None:
+            read = _read(source, part, Held(state[part.name]))
+        else:
+            read = _read_packed(source, part, state, packed)
+        for count in read:
+            done += count
             if progress is not None:
                 progress(done, total)
     return state
 
 
-def _put(state: dict[str, Tensor], part: Part, rows: slice, found: LowBit) -> None:
-    for end, content in ((CODES, found.codes), (SCALES, found.scales)):
-        replace(part, name=stem(part.name) + end).of(state)[rows].copy_(content)
+def _read(source: StoredTensor, part: Part, held: Held) -> Iterator[int]:
+    """Copy what is held of one tensor of a checkpoint; the bytes of each piece."""
+    target, first = held
+    if part.expert is not None:  # held with its whole matrix, or not at all
+        expert, first = part.expert - first, 0
+        if not 0 <= expert < len(target):
+            return
+        target = replace(part, expert=expert).cut(target)
+    for start, rows in chunks(source, first=first, count=len(target)):
+        kept = narrowed(rows, target.dtype, source.place)
+        target[start - first : start - first + len(rows)].copy_(kept)
+        yield kept.nbytes
+
+
+def _read_packed(
+    source: StoredTensor, part: Part, state: dict[str, Tensor], packed: int
+) -> Iterator[int]:
+    """As ``_read``, of a whole tensor that is rounded to low bits."""
+    for start, rows in chunks(source):
+        found = quantized_rows(rows, packed, source.place)
+        for end, content in ((CODES, found.codes), (SCALES, found.scales)):
+            target = replace(part, name=stem(part.name) + end).of(state)
+            target[start : start + len(rows)].copy_(content)
+        yield found.nbytes
 
 
 def _of_type(mapped: Tensor, dtype: torch.dtype, place: str) -> Tensor:

@@ -19,7 +19,6 @@ from qiusuo.training.beginning import attach_adapter, build_model, last_state, s
 from qiusuo.training.finish import draw_report, finish_run
 from qiusuo.training.kinds import work_of
 from qiusuo.training.looks import TaskLook, check_prompts, write_samples
-from qiusuo.training.parallel.sharding import shard
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, earlier_stages
 from qiusuo.training.saving import Saver
@@ -46,11 +45,10 @@ class StageLife:
         self.recipe, self.stage, self.run, self.world = recipe, stage, run, world
         with world.in_turn():
             self.tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
-        model = build_model(recipe, self.tokenizer, stage.name).to(device)
+        with world.together():
+            model = build_model(recipe, self.tokenizer, stage.name, device, world)
         check_prompts(stage, self.tokenizer, model.config.max_position_embeddings)
         adapter = attach_adapter(recipe, model)
-        with world.together():
-            shard(model, world)
         checkpoint = last_state(run, world)
         if checkpoint is not None:
             take_weights(model, adapter, self.starting_weights(checkpoint))

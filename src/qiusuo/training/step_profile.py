@@ -30,10 +30,10 @@ from qiusuo.model.layers import MLP, RMSNorm
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, Router
 from qiusuo.model.transformer import Transformer
+from qiusuo.training.beginning import random_model
 from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.parallel.limits import check_shared
-from qiusuo.training.parallel.sharding import shard
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.stages import SupervisedStage
@@ -139,9 +139,8 @@ def random_steps(recipe: Recipe, device: str = "cpu", world: World = ALONE) -> S
         )
     stage = stages[0]
     check_shared(recipe, [stage], world.size)
-    model = Transformer(recipe.model_for(recipe.tokenizer.vocab_size)).to(device)
-    model.initialize(torch.Generator().manual_seed(recipe.seed))
-    shard(model, world)
+    config = recipe.model_for(recipe.tokenizer.vocab_size)
+    model = random_model(config, recipe.seed, device, world)
     keep_freed_memory()
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     optimizers = build_optimizers(model, stage.optimizer, (), dtype, world)
