@@ -86,13 +86,16 @@ class Held(NamedTuple):
 
 def fill_held(checkpoint: Checkpoint, held: Mapping[str, Held]) -> None:
     """Read into a model's tensors, by their names in memory, as much as is held of each; nothing
-    else is read. Raises CheckpointError as ``load_model`` does."""
+    else is read but copies, to compare them. A tied head is its embedding. Raises CheckpointError
+    as ``load_model`` does."""
     check_inventory(checkpoint)
-    tensors = [own.tensor for own in held.values()]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        needed = sum(tensor.nbytes for tensor in tensors)
-        _check_memory(checkpoint, tensors[0].dtype, None, needed)
-    for name, part in disk_layout(checkpoint.config, meta_state(checkpoint.config)):
+    layout = list(disk_layout(checkpoint.config, meta_state(checkpoint.config)))
+    room = [held[name].tensor for name in {part.name for _, part in layout}]
+    embedding = held[EMBEDDING].tensor
+    if embedding.device.type == "cpu":
+        needed = sum(tensor.nbytes for tensor in room)
+        _check_memory(checkpoint, embedding.dtype, None, needed)
+    for name, part in layout:
         for _ in _read(checkpoint.tensors[name], part, held[part.name]):
             pass
     check_copies(checkpoint, checkpoint.tensors)
