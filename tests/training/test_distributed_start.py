@@ -1,4 +1,5 @@
-"""Several processes begin with the numbers of one, and no process with more than its part."""
+"""Several processes begin with the numbers of one and write its model, bit for bit, and none has
+room for more than its part."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.huggingface import save_huggingface
-from qiusuo.checkpoint.load import Held, fill_held, load_model
+from qiusuo.checkpoint.huggingface import save_huggingface, write_huggingface
+from qiusuo.checkpoint.load import Held, as_checkpoint, fill_held, load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Checkpoint
 from qiusuo.checkpoint.tensors import EMBEDDING, HEAD, copies
@@ -21,7 +22,8 @@ from qiusuo.model.transformer import Transformer
 from qiusuo.training.beginning import build_model
 from qiusuo.training.parallel.launch import launch
 from qiusuo.training.parallel.matrices import own_part
-from qiusuo.training.parallel.world import Several, join_world
+from qiusuo.training.parallel.world import ElsewhereError, Several, join_world
+from qiusuo.training.parallel.writing import brought_together
 from qiusuo.training.recipe import Recipe
 from tests.model.shapes import tiny_model
 from tests.training import lives, tasks
@@ -40,14 +42,15 @@ class _Words:
     vocab_size, bos_id, eos_id = VOCABULARY, 0, 1
 
 
-def begin(recipes: list[Recipe], expert_parallel: bool) -> int:
+def begin_and_end(recipes: list[Recipe], expert_parallel: bool, folder: Path) -> int:
     """In one of several processes: what each recipe begins with is what one process would begin
-    with, and this one has no room for more than its part."""
+    with, and this one has no room for more than its part. What they write is what one would."""
     with join_world("cpu", expert_parallel) as (world, device):
         assert isinstance(world, Several)
         for recipe in recipes:
             words: Any = _Words()
-            whole = build_model(recipe, words, recipe.stages[0].name).state_dict()
+            alone = build_model(recipe, words, recipe.stages[0].name)
+            whole = alone.state_dict()
             model = build_model(recipe, words, recipe.stages[0].name, device, world)
             assert model.training
             assert (model.lm_head.weight is model.model.embed_tokens.weight) == (
@@ -62,7 +65,29 @@ def begin(recipes: list[Recipe], expert_parallel: bool) -> int:
                 rows = -(-len(own) // world.size) if isinstance(own, DTensor) else len(own)
                 room = own_part(own).untyped_storage().nbytes()
                 assert room <= rows * own[:1].numel() * own.element_size(), name
+            with world.together():
+                assert_written_alike(model, alone, world, folder)
+            with pytest.raises((OSError, ElsewhereError), match="the disk is full"):
+                give_up(model, world)
     return 0
+
+
+def assert_written_alike(model: Any, alone: Transformer, world: Several, folder: Path) -> None:
+    with brought_together(model, world) as tensors:
+        if world.leads:
+            checkpoint = as_checkpoint(model.config, tensors, None, {})
+            write_huggingface(checkpoint, folder / "several", "BF16")
+            save_huggingface(alone, folder / "one", dtype=torch.bfloat16)
+            mine, theirs = (folder / who / "model.safetensors" for who in ("several", "one"))
+            assert mine.read_bytes() == theirs.read_bytes()
+
+
+def give_up(model: Transformer, world: Several) -> None:
+    """In the middle of a tensor: the others must not wait for the next question."""
+    with world.together(), brought_together(model, world) as tensors:
+        if world.leads:
+            tensors[EMBEDDING].rows(1, 3)
+            raise OSError("the disk is full")
 
 
 @pytest.fixture
@@ -94,10 +119,10 @@ def recipes(tmp_path: Path) -> list[Recipe]:
         pytest.param(4, True, marks=pytest.mark.long),
     ],
 )
-def test_all_begin_with_the_numbers_of_one(
-    recipes: list[Recipe], count: int, expert_parallel: bool, started: None
+def test_all_begin_and_end_with_the_numbers_of_one(
+    recipes: list[Recipe], count: int, expert_parallel: bool, tmp_path: Path, started: None
 ) -> None:
-    assert launch(count, begin, recipes, expert_parallel) == 0
+    assert launch(count, begin_and_end, recipes, expert_parallel, tmp_path) == 0
 
 
 # -- a checkpoint, read in parts ----------------------------------------------------------------

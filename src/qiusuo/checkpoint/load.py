@@ -40,6 +40,7 @@ from qiusuo.checkpoint.tensors import (
 )
 from qiusuo.data.cache import show_bytes
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import available_memory, held_tensors, meta_model, needed_bytes
 from qiusuo.model.low_bit import CODES, SCALES, low_bit_weights, make_low_bit, stem
 from qiusuo.model.transformer import Transformer
@@ -82,6 +83,16 @@ class Held(NamedTuple):
 
     tensor: Tensor
     first: int = 0
+
+    def of(self, part: Part) -> Held:
+        """What is held of a part of the whole: an expert's matrix is held with its expert, all of
+        it or no row."""
+        if part.expert is None:
+            return self
+        expert = part.expert - self.first
+        if 0 <= expert < len(self.tensor):
+            return Held(replace(part, expert=expert).cut(self.tensor))
+        return Held(self.tensor[:0, 0])
 
 
 def fill_held(checkpoint: Checkpoint, held: Mapping[str, Held]) -> None:
@@ -169,12 +180,7 @@ def _filled(
 
 def _read(source: StoredTensor, part: Part, held: Held) -> Iterator[int]:
     """Copy what is held of one tensor of a checkpoint; the bytes of each piece."""
-    target, first = held
-    if part.expert is not None:  # held with its whole matrix, or not at all
-        expert, first = part.expert - first, 0
-        if not 0 <= expert < len(target):
-            return
-        target = replace(part, expert=expert).cut(target)
+    target, first = held.of(part)
     for start, rows in chunks(source, first=first, count=len(target)):
         kept = narrowed(rows, target.dtype, source.place)
         target[start - first : start - first + len(rows)].copy_(kept)
@@ -205,9 +211,18 @@ def checkpoint_of(
 ) -> Checkpoint:
     """A model in memory as the writers want it."""
     tensors = in_memory(model.config, memory_state(model))
-    tensors |= {name: tensors[original] for name, original in mtp_copies(model.config)}
-    place = Path("the model")
-    return Checkpoint(place, "memory", model.config, tensors, lambda: tokenizer, sampling)
+    return as_checkpoint(model.config, tensors, tokenizer, sampling)
+
+
+def as_checkpoint(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: Tokenizer | None,
+    sampling: Mapping[str, float],
+) -> Checkpoint:
+    """Tensors without a file, to which MTP modules' copies are added."""
+    whole = {**tensors, **{name: tensors[original] for name, original in mtp_copies(config)}}
+    return Checkpoint(Path("the model"), "memory", config, whole, lambda: tokenizer, sampling)
 
 
 def check_copies(checkpoint: Checkpoint, originals: Mapping[str, StoredTensor]) -> None:
@@ -217,6 +232,8 @@ def check_copies(checkpoint: Checkpoint, originals: Mapping[str, StoredTensor]) 
         if name not in checkpoint.tensors:
             continue
         copy = checkpoint.tensors[name]
+        if copy is originals[original]:
+            continue
         for start, rows in chunks(copy):
             expected = originals[original].rows(start, start + len(rows))
             if not torch.equal(_bits(rows.to(expected.dtype)), _bits(expected)):

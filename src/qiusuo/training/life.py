@@ -16,9 +16,9 @@ from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.training.beginning import attach_adapter, build_model, last_state, state_at_end
-from qiusuo.training.finish import draw_report, finish_run
+from qiusuo.training.finish import draw_report, finish_run, write_model
 from qiusuo.training.kinds import work_of
-from qiusuo.training.looks import TaskLook, check_prompts, write_samples
+from qiusuo.training.looks import TaskLook, check_prompts, samples_of, write_samples
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, earlier_stages
 from qiusuo.training.saving import Saver
@@ -113,12 +113,10 @@ class StageLife:
         return finished
 
     def finish(self) -> None:
-        self.state.gather()
         with self.world.together():
+            write_model(self.run, self.recipe, self.stage, self.state, self.tokenizer)
             if self.world.leads:
-                report_missing = finish_run(
-                    self.run, self.recipe, self.stage, self.work, self.tokenizer
-                )
+                report_missing = finish_run(self.run, self.recipe, self.stage, self.work)
                 if report_missing:
                     print(f"report.html was not drawn: {report_missing}")
 
@@ -168,7 +166,8 @@ class StageLife:
     def look(self, whole: bool, when: str | None = None) -> None:
         """Measure, and let the model write."""
         records = list(self.work.look(whole))  # always: the summary tells the last one
-        self.state.gather()
+        if self.task_look.asks or samples_of(self.stage).prompts:
+            self.state.gather()
         with self.world.together():
             if self.world.leads:
                 self.tell(records, when)

@@ -97,14 +97,9 @@ def held_like(saved: Any, held: Tensor) -> Any:
 
 
 def empty_copy(model: Transformer, world: World) -> Transformer:
-    """What ``gather_into`` fills: a whole model on the first process. It is the model itself where
-    there is one process, and of no use on the others."""
-    if world.size == 1 or not world.leads:
-        return model
-    copy = meta_model(model.config).to_empty(device=model.lm_head.weight.device)
-    if model.config.tie_word_embeddings:
-        copy.lm_head.weight = copy.model.embed_tokens.weight
-    return copy
+    """What ``gather_into`` fills: a whole model on the first process, which takes room only then.
+    It is the model itself where there is one process, and of no use on the others."""
+    return model if world.size == 1 or not world.leads else meta_model(model.config)
 
 
 @torch.no_grad()
@@ -114,5 +109,10 @@ def gather_into(copy: Transformer, model: Transformer, world: World) -> None:
         return
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    if world.leads:
-        copy.load_state_dict(state)
+    if not world.leads:
+        return
+    if copy.lm_head.weight.is_meta:
+        copy.to_empty(device=model.lm_head.weight.device)
+        if model.config.tie_word_embeddings:
+            copy.lm_head.weight = copy.model.embed_tokens.weight
+    copy.load_state_dict(state)
