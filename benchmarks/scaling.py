@@ -192,11 +192,10 @@ def clocks(work: SupervisedSteps) -> Iterator[dict[str, float]]:
         stack.callback(setattr, work, "apply_gradients", work.apply_gradients)
         work.apply_gradients = apply_gradients  # type: ignore[method-assign]
         if work.world.size > 1:
-            exchange = lambda: EXCHANGE if optimizing else VISITS  # noqa: E731
             each: list[tuple[type, str, Callable[[], str]]] = [
                 (CountedAllGather, "__call__", lambda: GATHER),
                 (CountedReduceScatter, "__call__", lambda: SCATTER),
-                (Several, "exchange", exchange),
+                (Several, "exchange", lambda: EXCHANGE if optimizing else VISITS),
                 (Several, "sum", lambda: SUMS),
             ]
             for owner, name, part in each:
