@@ -6,10 +6,11 @@
 // the allowance is six standard deviations of that rounding.
 #include <thread>
 
+#include "compare.h"
+#include "learning.h"
 #include "numbers.h"
 
 extern "C" {
-const char *qiusuo_instructions(int isa);
 void qiusuo_linear(int isa, int bits, const void *x, int kind, const void *codes, const void *scales,
                    const float *bias, void *out, int64_t M, int64_t H, int64_t O, int64_t I);
 void qiusuo_experts(int isa, int bits, const void *x, int kind, const int64_t *indices,
@@ -44,19 +45,6 @@ void qiusuo_attend_backward(const View *q, const View *k, const View *v, const V
 }
 
 namespace {
-
-int failures = 0, compared = 0;
-
-void compare(const char *what, int isa, int bits, int kind, int64_t m, int64_t o, int64_t i,
-             double got, double expected, double allowed) {
-    ++compared;
-    if (std::fabs(got - expected) <= allowed) return;  // false for NaN too
-    if (++failures <= 20)
-        std::printf("%s with %s, %d bits, %s, (%ld, %ld, %ld): %.9g, expected %.9g within %.2g\n",
-                    what, qiusuo_instructions(isa), bits, kind ? "bfloat16" : "float32",
-                    static_cast<long>(m), static_cast<long>(o), static_cast<long>(i), got, expected,
-                    allowed);
-}
 
 double rounding_of(int kind, double value) { return kind ? std::fabs(value) / 256 : 0; }
 
@@ -395,6 +383,7 @@ int main() {
         check_callers(isa);
         check_attention(isa);
         check_attends(isa);
+        check_mlps(isa);
         std::printf("%d: %s\n", isa, name);
     }
     std::printf("%d numbers compared, %d wrong\n", compared, failures);

@@ -17,16 +17,16 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Measured floating-point operations a second of a large matrix product (best of several).
 
     A kernel's first calls pick its code, so some are not counted. A product too small does not show
-    what all cores can do together. About 0.2 s on a CPU.
+    what all cores can do together. About 0.1 s on a CPU.
     """
-    rows, size = (4096, 1024) if device == "cpu" else (8192, 8192)
+    rows, size = (2048, 1024) if device == "cpu" else (8192, 8192)
     a = torch.randn(rows, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     best = float("inf")
-    deadline = time.perf_counter() + 0.2
+    deadline = time.perf_counter() + 0.1
     rounds = 0
-    while rounds < 4 or time.perf_counter() < deadline:
+    while rounds < 2 or time.perf_counter() < deadline:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         if device != "cpu":
