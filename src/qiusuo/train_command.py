@@ -103,7 +103,8 @@ def _watched(order: Order, path: Path, nproc: int) -> int:
 def _say(text: str) -> None:
     """One line, on a terminal below the picture of a process that was killed, and had hidden the
     cursor."""
-    print(f"\n\x1b[?25h{text}" if sys.stdout.isatty() else text, flush=True)
+    with suppress(OSError):  # of a terminal that is gone
+        print(f"\n\x1b[?25h{text}" if sys.stdout.isatty() else text, flush=True)
 
 
 def _from_where(path: Path) -> str:

@@ -11,9 +11,8 @@ The first Ctrl-C (or SIGTERM) asks all to finish their step and save, and waits;
 them. What ends the launcher itself ends them too (worker.py).
 
 The processes meet as torchrun's do, through the same variables and at a store that the launcher
-keeps, a new one for each start: else they would find the addresses of the dead. PyTorch's own
-elastic agent is not used: it can be asked neither to end survivors within seconds and yet to wait
-for a stop, nor to hurry.
+keeps, a new one for each start: else they would find the addresses of the dead. PyTorch's elastic
+agent, which torchrun is, leaves survivors thirty seconds and cannot be hurried while it waits.
 """
 
 from __future__ import annotations
