@@ -24,9 +24,7 @@ from qiusuo.kernels.signatures import TrainingMlp
 # D hidden, F width, G = 2F.
 
 MANY = 32  # rows below which laying out a weight costs more than is won
-LARGE = (
-    1 << 19
-)  # numbers of a matrix beyond which it leaves the second-level cache: PyTorch is ahead
+LARGE = 1 << 19  # numbers of a matrix beyond which it leaves the second-level cache: PyTorch is ahead
 
 
 def tiles_learn(x: Tensor) -> bool:
@@ -93,7 +91,9 @@ def tile_experts(
 
 class _TileMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor
+    ) -> Tensor:
         starts = torch.tensor([0, len(x_MD)])
         call = _mlp(x_MD, gate_FD, up_FD, down_DF, starts)
         ctx.save_for_backward(x_MD, gate_FD, up_FD, down_DF, starts)
