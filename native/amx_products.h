@@ -29,7 +29,7 @@ struct Rows {
 AMX_BEGIN
 namespace amx {
 
-constexpr int64_t BLOCK_ROWS = 128;                 // rows of x worked on at a time
+constexpr int64_t BLOCK_ROWS = 256;                 // rows of x worked on at a time
 constexpr int64_t BLOCK_TILES = BLOCK_ROWS / TILE;
 constexpr int64_t PAIR = 2 * TILE;                 // columns worked on at a time
 constexpr int64_t DEEP = 16;                       // steps whose factors stay in the nearest cache
@@ -56,10 +56,19 @@ inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t wi
     }
 }
 
-// Left tiles [tiles][steps] as left factors of rowsᵀ · x: [tiles/2][2 · steps].
+// One step of left tiles [tiles][steps] as left factors of rowsᵀ · x: of [tiles/2][2 · steps].
+inline void transpose_step(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
+    weave_step(left, steps, tiles, steps, to);
+    for (int64_t tile = 0; tile < tiles / 2; tile++) {
+        bf16 *const own = to + tile * 2 * steps * ELEMENTS;
+        turn(own, 2, own);
+    }
+}
+
+// All of them.
 inline void transpose_tiles(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
-    weave_tiles(left, tiles, steps, to);
-    turn(to, tiles * steps, to);
+    for (int64_t step = 0; step < steps; step++)
+        transpose_step(left + step * ELEMENTS, tiles, steps, to + step * 2 * ELEMENTS);
 }
 
 // sums [rows][2]: two columns of tiles of a product, over all steps; `both`: there is a second one.

@@ -102,22 +102,45 @@ void rms_norm_backward(const void *grad, int grad_kind, const void *x, int x_kin
     });
 }
 
+template <class T> struct Turn {
+    static void pairs(const T *__restrict from, const float *__restrict turn, float sign, int64_t R,
+                      T *__restrict to) {
+        for (int64_t pair = 0; pair < R / 2; pair++) {
+            const float a = widened(from[2 * pair]), b = widened(from[2 * pair + 1]);
+            const float real = turn[2 * pair], imaginary = sign * turn[2 * pair + 1];
+            to[2 * pair] = narrow<T>(a * real - b * imaginary);
+            to[2 * pair + 1] = narrow<T>(a * imaginary + b * real);
+        }
+    }
+
+    // The halves apart, each with a name of its own: only so the compiler makes the loop wide.
+    static void halves(const T *__restrict first, const T *__restrict second,
+                       const float *__restrict real, const float *__restrict imaginary, int64_t half,
+                       T *__restrict to_first, T *__restrict to_second) {
+        for (int64_t i = 0; i < half; i++) {
+            const float a = widened(first[i]), b = widened(second[i]);
+            to_first[i] = narrow<T>(a * real[i] - b * imaginary[i]);
+            to_second[i] = narrow<T>(a * imaginary[i] + b * real[i]);
+        }
+    }
+};
+
 template <class T, bool HALVES>
 void rotate_of(const void *x, const float *turns, int64_t turned, float sign, void *out,
                int64_t rows, int64_t heads, int64_t R, int64_t row_stride, int64_t stride) {
     for_rows(rows, heads * R, [&](int64_t row) {
-        const float *__restrict turn = turns + row % turned * R;
+        const float *const turn = turns + row % turned * R;
+        const int64_t half = R / 2;
+        float *const real = reinterpret_cast<float *>(kept_room(R * sizeof(float)));
+        for (int64_t i = 0; HALVES && i < half; i++) {
+            real[i] = turn[2 * i];
+            real[half + i] = sign * turn[2 * i + 1];
+        }
         for (int64_t head = 0; head < heads; head++) {
-            const T *__restrict from = row_of<T>(x, row * row_stride + head * stride);
-            T *__restrict to = row_of<T>(out, (row * heads + head) * R);
-            for (int64_t pair = 0; pair < R / 2; pair++) {
-                const int64_t first = HALVES ? pair : 2 * pair;
-                const int64_t second = HALVES ? pair + R / 2 : first + 1;
-                const float a = widened(from[first]), b = widened(from[second]);
-                const float real = turn[2 * pair], imaginary = sign * turn[2 * pair + 1];
-                to[first] = narrow<T>(a * real - b * imaginary);
-                to[second] = narrow<T>(a * imaginary + b * real);
-            }
+            const T *const from = row_of<T>(x, row * row_stride + head * stride);
+            T *const to = row_of<T>(out, (row * heads + head) * R);
+            if (HALVES) Turn<T>::halves(from, from + half, real, real + half, half, to, to + half);
+            else Turn<T>::pairs(from, turn, sign, R, to);
         }
     });
 }

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 class Scratch {
   public:
@@ -17,14 +20,20 @@ class Scratch {
             std::free(memory_);
             memory_ = nullptr;
             bytes_ = 0;
-            memory_ = std::aligned_alloc(64, bytes);
+            const bool large = bytes >= LARGE_PAGE;
+            const size_t size = large ? (bytes + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE : bytes;
+            memory_ = std::aligned_alloc(large ? LARGE_PAGE : 64, size);
             if (!memory_) throw std::bad_alloc();
-            bytes_ = bytes;
+#if defined(__linux__)
+            if (large) madvise(memory_, size, MADV_HUGEPAGE);
+#endif
+            bytes_ = size;
         }
         return static_cast<T *>(memory_);
     }
 
   private:
+    static constexpr size_t LARGE_PAGE = 2 << 20;
     void *memory_ = nullptr;
     size_t bytes_ = 0;
 };

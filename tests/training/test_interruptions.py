@@ -156,7 +156,7 @@ def test_killed_between_the_last_checkpoint_and_the_end(
         raise SystemExit  # nothing in the way catches it, as with a kill
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qiusuo.training.life.finish_run", die)
+        patch.setattr("qiusuo.training.life.write_model", die)
         with pytest.raises(SystemExit):
             lives.live(lives.recipe_for(corpus), tmp_path / "run")
     assert lives.go_on(tmp_path / "run")

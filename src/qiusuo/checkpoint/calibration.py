@@ -63,9 +63,7 @@ class Calibration:
     def of(self, part: Part) -> Tensor | None:
         """Of the columns of one of a checkpoint's tensors [I]; None for one that was not seen."""
         found = self.importance.get(part.name)
-        if found is not None and part.index and isinstance(part.index[0], int):
-            return found[part.index[0]]  # of the expert
-        return found
+        return found if found is None or part.expert is None else found[part.expert]
 
 
 def calibrate(

@@ -7,9 +7,10 @@ quantised folder is not even copied: its file is mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from qiusuo.checkpoint.tensors import (
 )
 from qiusuo.data.cache import show_bytes
 from qiusuo.data.tokenizer import Tokenizer
-from qiusuo.kernels.low_bit import LowBit
+from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import available_memory, held_tensors, meta_model, needed_bytes
 from qiusuo.model.low_bit import CODES, SCALES, low_bit_weights, make_low_bit, stem
 from qiusuo.model.transformer import Transformer
@@ -74,6 +75,41 @@ def loaded_bytes(
     already, in the system's cache or for another process, are free memory to the system too."""
     kind = dtype or _rest_dtype(checkpoint, bits)
     return needed_bytes(checkpoint.config, kind, loaded_bits(checkpoint, dtype, bits))
+
+
+class Held(NamedTuple):
+    """The rows of a tensor that a process holds: those of ``tensor``, from number ``first`` on. Of
+    stacked experts: its experts."""
+
+    tensor: Tensor
+    first: int = 0
+
+    def of(self, part: Part) -> Held:
+        """What is held of a part of the whole: an expert's matrix is held with its expert, all of
+        it or no row."""
+        if part.expert is None:
+            return self
+        expert = part.expert - self.first
+        if 0 <= expert < len(self.tensor):
+            return Held(replace(part, expert=expert).cut(self.tensor))
+        return Held(self.tensor[:0, 0])
+
+
+def fill_held(checkpoint: Checkpoint, held: Mapping[str, Held]) -> None:
+    """Read into a model's tensors, by their names in memory, as much as is held of each; nothing
+    else is read but copies, to compare them. A tied head is its embedding. Raises CheckpointError
+    as ``load_model`` does."""
+    check_inventory(checkpoint)
+    layout = list(disk_layout(checkpoint.config, meta_state(checkpoint.config)))
+    room = [held[name].tensor for name in {part.name for _, part in layout}]
+    embedding = held[EMBEDDING].tensor
+    if embedding.device.type == "cpu":
+        needed = sum(tensor.nbytes for tensor in room)
+        _check_memory(checkpoint, embedding.dtype, None, needed)
+    for name, part in layout:
+        for _ in _read(checkpoint.tensors[name], part, held[part.name]):
+            pass
+    check_copies(checkpoint, checkpoint.tensors)
 
 
 def load_model(
@@ -131,24 +167,36 @@ def _filled(
     done, total = 0, sum(tensor.nbytes for tensor in state.values())
     for name, part in disk_layout(config, plain):
         source, packed = checkpoint.tensors[name], low.get(part.name)
-        for start, rows in chunks(source):
-            where = slice(start, start + len(rows))
-            if packed is None:
-                kept = narrowed(rows, held[part.name].dtype, source.place)
-                part.of(state)[where].copy_(kept)
-                done += kept.nbytes
-            else:
-                found = quantized_rows(rows, packed, source.place)
-                _put(state, part, where, found)
-                done += found.nbytes
+        if packed is None:
+            read = _read(source, part, Held(state[part.name]))
+        else:
+            read = _read_packed(source, part, state, packed)
+        for count in read:
+            done += count
             if progress is not None:
                 progress(done, total)
     return state
 
 
-def _put(state: dict[str, Tensor], part: Part, rows: slice, found: LowBit) -> None:
-    for end, content in ((CODES, found.codes), (SCALES, found.scales)):
-        replace(part, name=stem(part.name) + end).of(state)[rows].copy_(content)
+def _read(source: StoredTensor, part: Part, held: Held) -> Iterator[int]:
+    """Copy what is held of one tensor of a checkpoint; the bytes of each piece."""
+    target, first = held.of(part)
+    for start, rows in chunks(source, first=first, count=len(target)):
+        kept = narrowed(rows, target.dtype, source.place)
+        target[start - first : start - first + len(rows)].copy_(kept)
+        yield kept.nbytes
+
+
+def _read_packed(
+    source: StoredTensor, part: Part, state: dict[str, Tensor], packed: int
+) -> Iterator[int]:
+    """As ``_read``, of a whole tensor that is rounded to low bits."""
+    for start, rows in chunks(source):
+        found = quantized_rows(rows, packed, source.place)
+        for end, content in ((CODES, found.codes), (SCALES, found.scales)):
+            target = replace(part, name=stem(part.name) + end).of(state)
+            target[start : start + len(rows)].copy_(content)
+        yield found.nbytes
 
 
 def _of_type(mapped: Tensor, dtype: torch.dtype, place: str) -> Tensor:
@@ -163,9 +211,18 @@ def checkpoint_of(
 ) -> Checkpoint:
     """A model in memory as the writers want it."""
     tensors = in_memory(model.config, memory_state(model))
-    tensors |= {name: tensors[original] for name, original in mtp_copies(model.config)}
-    place = Path("the model")
-    return Checkpoint(place, "memory", model.config, tensors, lambda: tokenizer, sampling)
+    return as_checkpoint(model.config, tensors, tokenizer, sampling)
+
+
+def as_checkpoint(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: Tokenizer | None,
+    sampling: Mapping[str, float],
+) -> Checkpoint:
+    """Tensors without a file, to which MTP modules' copies are added."""
+    whole = {**tensors, **{name: tensors[original] for name, original in mtp_copies(config)}}
+    return Checkpoint(Path("the model"), "memory", config, whole, lambda: tokenizer, sampling)
 
 
 def check_copies(checkpoint: Checkpoint, originals: Mapping[str, StoredTensor]) -> None:
@@ -175,6 +232,8 @@ def check_copies(checkpoint: Checkpoint, originals: Mapping[str, StoredTensor]) 
         if name not in checkpoint.tensors:
             continue
         copy = checkpoint.tensors[name]
+        if copy is originals[original]:
+            continue
         for start, rows in chunks(copy):
             expected = originals[original].rows(start, start + len(rows))
             if not torch.equal(_bits(rows.to(expected.dtype)), _bits(expected)):

@@ -158,12 +158,9 @@ def _cut(
 
 def first_row(part: Part, whole: Tensor) -> int:
     """Of a matrix in a stack, counted over the whole stack."""
-    if not part.index:
+    if part.expert is None:
         return 0
-    expert, *rows = part.index
-    assert isinstance(expert, int)
-    start = rows[0].indices(whole.shape[1])[0] if rows and isinstance(rows[0], slice) else 0
-    return expert * whole.shape[1] + start
+    return part.expert * whole.shape[1] + part.rows.indices(whole.shape[1])[0]
 
 
 def _check_layers(place: Path, found: Iterable[str], config: ModelConfig) -> None:

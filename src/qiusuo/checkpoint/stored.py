@@ -95,14 +95,17 @@ class MemoryTensor:
         return self.tensor[start:stop].detach().cpu()
 
 
-def chunks(tensor: StoredTensor, row_multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) over the whole tensor, about ``CHUNK_BYTES`` of float32 at a time and a
-    multiple of ``row_multiple`` rows but for the last."""
-    rows = tensor.shape[0]
+def chunks(
+    tensor: StoredTensor, row_multiple: int = 1, first: int = 0, count: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) over the whole tensor, or over ``count`` of its rows from ``first`` on:
+    about ``CHUNK_BYTES`` of float32 at a time, a multiple of ``row_multiple`` rows but at the end.
+    """
+    end = tensor.shape[0] if count is None else first + count
     width = 4 * max(1, torch.Size(tensor.shape[1:]).numel())
     step = max(1, CHUNK_BYTES // (width * row_multiple)) * row_multiple
-    for start in range(0, rows, step):
-        yield start, tensor.rows(start, min(start + step, rows))
+    for start in range(first, end, step):
+        yield start, tensor.rows(start, min(start + step, end))
 
 
 DTYPES = {

@@ -9,7 +9,7 @@ tied model); memory holds them once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -22,17 +22,19 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Part:
-    """Where one tensor of a checkpoint lives in memory: ``state[name][index]``."""
+    """Where one tensor of a checkpoint lives in memory: ``state[name]``, or of a layer's stacked
+    experts ``state[name][expert][rows]``."""
 
     name: str
-    index: tuple[int | slice, ...] = ()
+    expert: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def of(self, state: dict[str, Tensor]) -> Tensor:
         return self.cut(state[self.name])
 
     def cut(self, whole: Tensor) -> Tensor:
         """This part of what stands under ``name``."""
-        return whole[self.index] if self.index else whole
+        return whole if self.expert is None else whole[self.expert][self.rows]
 
 
 def meta_state(config: ModelConfig) -> dict[str, Tensor]:
@@ -58,10 +60,10 @@ def disk_layout(config: ModelConfig, state: dict[str, Tensor]) -> Iterator[tuple
         for expert in range(experts):
             prefix = f"{base}.experts.{expert}"
             if stacked == "down_proj":
-                yield f"{prefix}.down_proj.weight", Part(name, (expert,))
+                yield f"{prefix}.down_proj.weight", Part(name, expert)
             else:
-                yield f"{prefix}.gate_proj.weight", Part(name, (expert, slice(0, width)))
-                yield f"{prefix}.up_proj.weight", Part(name, (expert, slice(width, None)))
+                yield f"{prefix}.gate_proj.weight", Part(name, expert, slice(0, width))
+                yield f"{prefix}.up_proj.weight", Part(name, expert, slice(width, None))
 
 
 def disk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

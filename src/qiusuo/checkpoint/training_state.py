@@ -80,7 +80,11 @@ def load_state(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     tensors come whole, or, with a mesh, as this process's part of them."""
     path = folder / STATE_FILE
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        # One of several reads of a whole state the pages of its part; alone it wants all of them.
+        mapped = mesh is not None
+        content: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped
+        )
         shards: dict[str, Tensor] = {}
 
         def make_room(_: str, value: Any) -> Any:

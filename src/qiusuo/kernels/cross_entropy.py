@@ -2,14 +2,11 @@
 
 The head's product, its softmax and their gradients are made for a chunk of tokens at a time; only
 the gradients of the hidden states and of the head survive it. Memory is therefore
-tokens × hidden + vocabulary × hidden, whatever the number of tokens. Within a chunk the softmax
-runs over slices small enough to stay in the processor's cache, and the two gradient products,
-which would rather be large, over the whole chunk.
+tokens × hidden + vocabulary × hidden, whatever the number of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,11 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from qiusuo.kernels.native import KINDS, at, native_for
 
-# M tokens, D hidden, W vocabulary, C tokens of a chunk, S of a slice of it.
+# M tokens, D hidden, W vocabulary, C tokens of a chunk.
 
 IGNORE = -100
-CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 32 MiB in bf16
-SLICE_ELEMENTS = 1 << 20  # of a slice: 2 MiB
+CHUNK_ELEMENTS = 15 << 20  # logits of a chunk: 30 MiB in bf16; from 32 on memory is mapped anew
 
 
 def cross_entropy_reference(x_MD: Tensor, head_WD: Tensor, labels_M: Tensor) -> Tensor:
@@ -53,8 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x_MD = torch.empty_like(x_MD)
         grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32)
         for x_CD, labels_C, grad_x_CD in zip(
-            *(_chunks(t, head_WD, CHUNK_ELEMENTS) for t in (x_MD, labels_M, grad_x_MD)),
-            strict=True,
+            *(_chunks(t, head_WD) for t in (x_MD, labels_M, grad_x_MD)), strict=True
         ):
             grad_CW, chunk_loss = _logit_gradients(x_CD, head_WD, labels_C)
             loss += chunk_loss
@@ -75,35 +70,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _logit_gradients(x_CD: Tensor, head_WD: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     """The loss's gradient for a chunk's logits, in their own type [C, W], and the chunk's loss."""
+    logits_CW = x_CD @ head_WD.t()
     library = native_for(x_CD)
-    grad_CW = x_CD.new_empty(x_CD.shape[0], head_WD.shape[0])
-    slices = zip(
-        *(_chunks(t, head_WD, SLICE_ELEMENTS) for t in (x_CD, grad_CW, labels_C.contiguous())),
-        strict=True,
-    )
     if library is None:
-        return _plain_gradients(slices, head_WD, grad_CW, labels_C)
+        return _plain_gradients(logits_CW, labels_C)
     if len(labels_C) and int(labels_C.max()) >= len(head_WD):
         raise IndexError(f"label {int(labels_C.max())} of a vocabulary of {len(head_WD)}")
     nats_C = x_CD.new_empty(len(x_CD), dtype=torch.float32)
-    done = 0
-    for x_SD, grad_SW, labels_S in slices:
-        torch.mm(x_SD, head_WD.t(), out=grad_SW)
-        library.run(
-            "qiusuo_cross_entropy", at(grad_SW), KINDS[grad_SW.dtype], at(labels_S),
-            at(nats_C[done:]), *grad_SW.shape,
-        )  # fmt: skip
-        done += len(x_SD)
-    return grad_CW, nats_C.sum()
+    library.run(
+        "qiusuo_cross_entropy", at(logits_CW), KINDS[logits_CW.dtype], at(labels_C.contiguous()),
+        at(nats_C), *logits_CW.shape,
+    )  # fmt: skip
+    return logits_CW, nats_C.sum()
 
 
-def _plain_gradients(
-    slices: Iterable[tuple[Tensor, ...]], head_WD: Tensor, probs_CW: Tensor, labels_C: Tensor
-) -> tuple[Tensor, Tensor]:
+def _plain_gradients(logits_CW: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     """In bf16 a token's loss carries its probability's rounding, 0.002 nats: less than the rounding
     of the logits themselves."""
-    for x_SD, probs_SW, _ in slices:
-        torch._softmax(x_SD @ head_WD.t(), -1, False, out=probs_SW)
+    probs_CW = logits_CW.softmax(-1)
     picked_C = probs_CW.gather(1, labels_C.clamp_min(0)[:, None]).squeeze(1).float()
     tiny = torch.finfo(torch.float32).tiny
     nats_C = picked_C.clamp_min_(tiny).log_().neg_()
@@ -116,13 +100,11 @@ def _plain_gradients(
 
 def _loss_only(x_MD: Tensor, head_WD: Tensor, labels_M: Tensor) -> Tensor:
     loss = x_MD.new_zeros((), dtype=torch.float32)
-    for x_SD, labels_S in zip(
-        *(_chunks(t, head_WD, SLICE_ELEMENTS) for t in (x_MD, labels_M)), strict=True
-    ):
-        loss += cross_entropy_reference(x_SD, head_WD, labels_S)
+    for x_CD, labels_C in zip(*(_chunks(t, head_WD) for t in (x_MD, labels_M)), strict=True):
+        loss += cross_entropy_reference(x_CD, head_WD, labels_C)
     return loss
 
 
-def _chunks(t_M: Tensor, head_WD: Tensor, elements: int) -> tuple[Tensor, ...]:
-    """Pieces of so many rows that their logits have about ``elements`` numbers."""
-    return t_M.split(max(1, elements // head_WD.shape[0]))
+def _chunks(t_M: Tensor, head_WD: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of so many rows that their logits have about CHUNK_ELEMENTS numbers."""
+    return t_M.split(max(1, CHUNK_ELEMENTS // head_WD.shape[0]))

@@ -2,9 +2,9 @@
 
 Under autocast PyTorch casts every weight, multiplies, and casts every gradient back. Here float32
 weights are rounded while they are laid out for the tiles, once a call, the gradients of weights
-leave as the float32 sums they are, and a SwiGLU network is one call: what lies between its products
-stays in the cache, and is found again on the way back, which is faster than to fetch it from memory.
-Activations and their gradients are bfloat16.
+leave as the float32 sums they are, and a SwiGLU network is one call: what lies between its
+products stays in the cache, and is found again on the way back, which is faster than to fetch it
+from memory. Activations and their gradients are bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from qiusuo.kernels.signatures import TrainingMlp
 # D hidden, F width, G = 2F.
 
 MANY = 32  # rows below which laying out a weight costs more than is won
-LARGE = 1 << 19  # numbers of a matrix beyond which it leaves the second-level cache: PyTorch is ahead
+LARGE = (
+    1 << 19
+)  # numbers of a matrix beyond which it leaves the second-level cache: PyTorch is ahead
 
 
 def tiles_learn(x: Tensor) -> bool:
@@ -91,9 +93,7 @@ def tile_experts(
 
 class _TileMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_MD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
         starts = torch.tensor([0, len(x_MD)])
         call = _mlp(x_MD, gate_FD, up_FD, down_DF, starts)
         ctx.save_for_backward(x_MD, gate_FD, up_FD, down_DF, starts)

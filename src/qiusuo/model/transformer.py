@@ -247,12 +247,15 @@ class Transformer(nn.Module):
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal with ``initializer_range``; norms one, biases zero."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-        for router in self.routers().values():
-            if router.e_score_correction_bias is not None:
-                router.e_score_correction_bias.zero_()
+            self.draw(name, parameter, generator)
+        for router_bias in self.buffers():
+            router_bias.zero_()
+
+    def draw(self, name: str, into: Tensor, generator: torch.Generator | None) -> None:
+        """Fill a tensor with what the parameter of that name begins with."""
+        if name.endswith("norm.weight"):
+            into.fill_(1.0)
+        elif name.endswith(".bias"):
+            into.zero_()
+        else:
+            into.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 
-from qiusuo.checkpoint.load import load_model
+from qiusuo.checkpoint.load import fill_held, load_model
 from qiusuo.checkpoint.open import open_checkpoint
 from qiusuo.checkpoint.stored import Checkpoint
 from qiusuo.checkpoint.training_state import load_state
 from qiusuo.data.example_loader import ExampleLoader
 from qiusuo.data.loader import Loader
 from qiusuo.data.tokenizer import Tokenizer
+from qiusuo.model.config import ModelConfig
 from qiusuo.model.transformer import Transformer
 from qiusuo.runs.durable import read_json, write_json
 from qiusuo.runs.folder import RunFolder
 from qiusuo.training.expert_selection import ExpertSelection, select_experts, train_only
 from qiusuo.training.lora import LoRA
 from qiusuo.training.optimizers import build_optimizers
+from qiusuo.training.parallel.sharding import held_of, initialize_parts, sharded_model
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.scene import Scene, TrainingError
@@ -41,23 +43,47 @@ def open_base(reference: str) -> Checkpoint:
     return checkpoint
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, stage: str) -> Transformer:
+def build_model(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    stage: str,
+    device: str = "cpu",
+    world: World = ALONE,
+) -> Transformer:
     """What the recipe begins with, with the context of a stage: the base in float32, or the
-    recipe's model with random weights from its seed. ConfigError where the base's context cannot
-    be what a stage needs."""
+    recipe's model with random weights from its seed. Of several processes each has its part of it.
+    ConfigError where the base's context cannot be what a stage needs."""
     if recipe.base is not None:
         checkpoint = open_base(recipe.base)
         recipe.check_contexts(checkpoint.config)
         config = recipe.config_of(stage, checkpoint.config)
-        return load_model(replace(checkpoint, config=config), dtype=torch.float32).train()
+        return _base_model(replace(checkpoint, config=config), device, world).train()
     config = recipe.model_for(
         tokenizer.vocab_size,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    model = Transformer(recipe.config_of(stage, config))
-    model.initialize(torch.Generator().manual_seed(recipe.seed))
-    return model
+    return random_model(recipe.config_of(stage, config), recipe.seed, device, world)
+
+
+def random_model(config: ModelConfig, seed: int, device: str, world: World) -> Transformer:
+    """A model with random weights, the same numbers in any number of processes."""
+    generator = torch.Generator().manual_seed(seed)
+    if world.size > 1:
+        model = sharded_model(config, world, device)
+        initialize_parts(model, generator)
+        return model
+    model = Transformer(config)
+    model.initialize(generator)
+    return model.to(device)
+
+
+def _base_model(checkpoint: Checkpoint, device: str, world: World) -> Transformer:
+    if world.size > 1:
+        model = sharded_model(checkpoint.config, world, device)
+        fill_held(checkpoint, {name: held_of(own) for name, own in model.state_dict().items()})
+        return model
+    return load_model(checkpoint, dtype=torch.float32).to(device)
 
 
 def attach_adapter(recipe: Recipe, model: Transformer) -> LoRA | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from qiusuo.checkpoint.huggingface import save_huggingface
+from qiusuo.checkpoint.huggingface import write_huggingface
+from qiusuo.checkpoint.stored import KINDS
 from qiusuo.data.catalogue import catalogue
 from qiusuo.data.corpora import open_corpus
 from qiusuo.data.tokenizer import Tokenizer
@@ -28,28 +29,28 @@ from qiusuo.training.validation import Validation
 CACHE_BYTES = 2  # the cache of a served model is bf16
 
 
-def finish_run(
-    run: RunFolder,
-    recipe: Recipe,
-    stage: Stage,
-    work: StageWork,
-    tokenizer: Tokenizer,
-) -> str | None:
-    """Write model, summary, card and report of a run whose last stage is done. Returns the reason
-    where there is no report."""
-    dtype = torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
-    samples, state = getattr(stage, "samples", SamplesSection()), work.state
+def write_model(
+    run: RunFolder, recipe: Recipe, stage: Stage, state: StageState, tokenizer: Tokenizer
+) -> None:
+    """Write the model of a run whose last stage is done: by all processes together."""
+    samples = getattr(stage, "samples", SamplesSection())
+    sampling = {"temperature": samples.temperature, "top_p": samples.top_p}
+    with state.stored(tokenizer, sampling) as checkpoint:
+        if checkpoint is not None:
+            write_huggingface(checkpoint, run.model_path, KINDS[_saved_dtype(recipe)])
+
+
+def _saved_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.save_dtype == "bfloat16" else torch.float32
+
+
+def finish_run(run: RunFolder, recipe: Recipe, stage: Stage, work: StageWork) -> str | None:
+    """Write adapter, summary, card and report beside the model. Returns the reason where there is
+    no report."""
+    state = work.state
     validation: Validation | None = getattr(work, "last_validation", None)
-    with state.whole_model() as model:
-        save_huggingface(
-            model,
-            run.model_path,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            sampling={"temperature": samples.temperature, "top_p": samples.top_p},
-        )
     if state.adapter is not None and recipe.base is not None:  # beside it, for others to merge
-        state.adapter.save(run.path / "adapter", recipe.base, dtype)
+        state.adapter.save(run.path / "adapter", recipe.base, _saved_dtype(recipe))
     write_summary(run.path, facts(recipe, state, validation))
     run.set_status("finished", stage=stage.name, step=state.run_step, steps=state.run_step)
     write_model_card(run.path, run.model_path)

@@ -16,21 +16,24 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Measured floating-point operations a second of a large matrix product (best of several).
 
-    A kernel's first calls pick its code, so some are not counted. About 0.1 s on a CPU.
+    A kernel's first calls pick its code, so some are not counted. A product too small does not show
+    what all cores can do together. About 0.2 s on a CPU.
     """
-    size = 1024 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device).to(dtype)
+    rows, size = (4096, 1024) if device == "cpu" else (8192, 8192)
+    a = torch.randn(rows, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
     best = float("inf")
-    deadline = time.perf_counter() + 0.1
+    deadline = time.perf_counter() + 0.2
     rounds = 0
     while rounds < 4 or time.perf_counter() < deadline:
         start = time.perf_counter()
-        a @ a
+        torch.mm(a, b, out=out)
         if device != "cpu":
             torch.accelerator.synchronize()
         best = min(best, time.perf_counter() - start)
         rounds += 1
-    return 2.0 * size**3 / best
+    return 2.0 * rows * size**2 / best
 
 
 def keep_freed_memory() -> None:

@@ -16,10 +16,9 @@ from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.training.beginning import attach_adapter, build_model, last_state, state_at_end
-from qiusuo.training.finish import draw_report, finish_run
+from qiusuo.training.finish import draw_report, finish_run, write_model
 from qiusuo.training.kinds import work_of
-from qiusuo.training.looks import TaskLook, check_prompts, write_samples
-from qiusuo.training.parallel.sharding import shard
+from qiusuo.training.looks import TaskLook, check_prompts, samples_of, write_samples
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, earlier_stages
 from qiusuo.training.saving import Saver
@@ -46,11 +45,10 @@ class StageLife:
         self.recipe, self.stage, self.run, self.world = recipe, stage, run, world
         with world.in_turn():
             self.tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
-        model = build_model(recipe, self.tokenizer, stage.name).to(device)
+        with world.together():
+            model = build_model(recipe, self.tokenizer, stage.name, device, world)
         check_prompts(stage, self.tokenizer, model.config.max_position_embeddings)
         adapter = attach_adapter(recipe, model)
-        with world.together():
-            shard(model, world)
         checkpoint = last_state(run, world)
         if checkpoint is not None:
             take_weights(model, adapter, self.starting_weights(checkpoint))
@@ -115,12 +113,10 @@ class StageLife:
         return finished
 
     def finish(self) -> None:
-        self.state.gather()
         with self.world.together():
+            write_model(self.run, self.recipe, self.stage, self.state, self.tokenizer)
             if self.world.leads:
-                report_missing = finish_run(
-                    self.run, self.recipe, self.stage, self.work, self.tokenizer
-                )
+                report_missing = finish_run(self.run, self.recipe, self.stage, self.work)
                 if report_missing:
                     print(f"report.html was not drawn: {report_missing}")
 
@@ -170,7 +166,8 @@ class StageLife:
     def look(self, whole: bool, when: str | None = None) -> None:
         """Measure, and let the model write."""
         records = list(self.work.look(whole))  # always: the summary tells the last one
-        self.state.gather()
+        if self.task_look.asks or samples_of(self.stage).prompts:
+            self.state.gather()
         with self.world.together():
             if self.world.leads:
                 self.tell(records, when)

@@ -31,7 +31,7 @@ ROWS = 32  # of them in one pass
 
 def check_prompts(stage: Stage, tokenizer: Tokenizer, context: int) -> None:
     """Before the first step, not at the first look."""
-    for prompt in _samples(stage).prompts:
+    for prompt in samples_of(stage).prompts:
         length = (tokenizer.bos_id is not None) + len(tokenizer.encode(prompt))
         if not 0 < length < context:
             raise RecipeError(
@@ -44,7 +44,7 @@ def write_samples(
     model: Transformer, tokenizer: Tokenizer, stage: Stage
 ) -> Iterator[dict[str, str]]:
     """What the model writes after each prompt of the stage."""
-    settings = _samples(stage)
+    settings = samples_of(stage)
     if not settings.prompts:
         return
     completions = LanguageModel(model, tokenizer).generate(
@@ -65,10 +65,15 @@ class TaskLook:
         self.settings, self.scene = scene.recipe.evaluation, scene
         self.speaker: Speaker | None = None
 
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to ask the model."""
+        return bool(self.settings.tasks or self.settings.answers)
+
     def look(self) -> dict[str, Any]:
         """Rates by task and difficulty, as a validation record has them; empty where none is
         asked for."""
-        if not self.settings.tasks and not self.settings.answers:
+        if not self.asks:
             return {}
         began = time.perf_counter()
         if self.speaker is None:
@@ -150,5 +155,6 @@ def _told(score: Score) -> dict[str, Any]:
     return told
 
 
-def _samples(stage: Stage) -> SamplesSection:
+def samples_of(stage: Stage) -> SamplesSection:
+    """What the model is to write at a look of this stage."""
     return getattr(stage, "samples", SamplesSection())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,10 +10,14 @@ from typing import Any, Protocol
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from qiusuo.checkpoint.load import as_checkpoint, checkpoint_of
+from qiusuo.checkpoint.stored import Checkpoint
+from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.lora import LoRA
 from qiusuo.training.parallel.sharding import empty_copy, gather_into, held_like
 from qiusuo.training.parallel.world import ALONE, World
+from qiusuo.training.parallel.writing import brought_together
 
 
 class Feed(Protocol):
@@ -65,6 +69,20 @@ class StageState:
         inside its weights, where there is one."""
         with nullcontext() if self.adapter is None else self.adapter.merged():
             yield self.shown
+
+    @contextmanager
+    def stored(
+        self, tokenizer: Tokenizer, sampling: Mapping[str, float]
+    ) -> Iterator[Checkpoint | None]:
+        """The model of this moment as a checkpoint's writer wants it, adapter inside. To be asked
+        by all processes together; the first alone gets it, and the others serve it meanwhile."""
+        if self.world.size == 1:
+            with self.whole_model() as model:
+                yield checkpoint_of(model, tokenizer, sampling)
+            return
+        with brought_together(self.model, self.world) as tensors:
+            config = self.model.config
+            yield as_checkpoint(config, tensors, tokenizer, sampling) if tensors else None
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain values and the tensors themselves, not copies."""

@@ -30,11 +30,15 @@ from qiusuo.model.layers import MLP, RMSNorm
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, Router
 from qiusuo.model.transformer import Transformer
+from qiusuo.training.beginning import random_model
 from qiusuo.training.hardware import keep_freed_memory
 from qiusuo.training.optimizers import build_optimizers
+from qiusuo.training.parallel.limits import check_shared
+from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, RecipeError
 from qiusuo.training.stages import SupervisedStage
 from qiusuo.training.state import StageState
+from qiusuo.training.steps import StepResult
 from qiusuo.training.supervised import SupervisedSteps
 
 WARM_UP = 3  # steps that choose code and room
@@ -102,21 +106,9 @@ class _Clock:
 
 
 def profile_step(recipe: Recipe, steps: int, device: str = "cpu") -> StepProfile:
-    """The first stage of a recipe that learns from text, on random tokens. RecipeError where it
-    has none, or begins with a checkpoint."""
-    stages = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
-    if not stages or recipe.base is not None:
-        raise RecipeError(
-            f"{recipe.name}: to profile a step, the recipe needs [model] and a stage of kind "
-            "pretrain, sft or distil"
-        )
-    stage = stages[0]
-    model = Transformer(recipe.model_for(recipe.tokenizer.vocab_size)).to(device)
-    model.initialize(torch.Generator().manual_seed(recipe.seed))
-    keep_freed_memory()
-    optimizers = build_optimizers(model, stage.optimizer)
-    state = StageState(model, optimizers, _SameText(model.config, stage), stage.name, stage.steps)
-    work = SupervisedSteps(stage, state, lambda entry: None, isolate=False, seed=recipe.seed)
+    """Where the time of ``random_steps`` goes; RecipeError as there."""
+    work = random_steps(recipe, device)
+    model, stage = work.state.model, work.stage
     clock = _Clock()
     for _ in range(WARM_UP):
         _step(work, clock)
@@ -133,6 +125,36 @@ def profile_step(recipe: Recipe, steps: int, device: str = "cpu") -> StepProfile
         work.peak,
         stage.precision,
     )
+
+
+def random_steps(recipe: Recipe, device: str = "cpu", world: World = ALONE) -> SupervisedSteps:
+    """The steps of a recipe's first stage that learns from text, on random tokens, with random
+    weights. Of several processes each calls it. RecipeError where the recipe has no such stage, or
+    begins with a checkpoint."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
+    if not stages or recipe.base is not None:
+        raise RecipeError(
+            f"{recipe.name}: to profile a step, the recipe needs [model] and a stage of kind "
+            "pretrain, sft or distil"
+        )
+    stage = stages[0]
+    check_shared(recipe, [stage], world.size)
+    config = recipe.model_for(recipe.tokenizer.vocab_size)
+    model = random_model(config, recipe.seed, device, world)
+    keep_freed_memory()
+    dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
+    optimizers = build_optimizers(model, stage.optimizer, (), dtype, world)
+    feed = _SameText(model.config, stage)
+    state = StageState(model, optimizers, feed, stage.name, stage.steps, world=world)
+    return SupervisedSteps(stage, state, lambda entry: None, isolate=False, seed=recipe.seed)
+
+
+def take_step(work: SupervisedSteps) -> StepResult:
+    """One step as ``run`` takes it, without the log."""
+    result = work.one_step()
+    work.load.add_up(work.world)
+    work.load.update_biases(work.bias_speed)
+    return result
 
 
 def flops_by_part(model: Transformer, tokens: int, sequence_length: int) -> dict[str, float]:
@@ -218,8 +240,7 @@ class _SameText:
 def _step(work: SupervisedSteps, clock: _Clock) -> Seconds:
     """Take a step; its seconds, and what the clock's hooks saw of it."""
     clock.start(STEP, "forward")
-    work.one_step()
-    work.load.update_biases(work.bias_speed)
+    take_step(work)
     clock.stop(STEP, "forward")
     return clock.taken()
 

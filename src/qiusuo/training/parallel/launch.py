@@ -50,7 +50,7 @@ def launch(
     new processes: the largest answer, or None where they were stopped before all could answer.
     ``tell`` is given each death, in words, and the number of the restart that follows. LaunchError
     where they died more than RESTARTS times."""
-    given = pickle.dumps((work, arguments))
+    given = pickle.dumps((sys.path, pickle.dumps((work, arguments))))
     with _Asked() as asked:
         for restart in range(RESTARTS + 1):
             workers = _Workers(count, restart, given)

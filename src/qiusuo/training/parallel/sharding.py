@@ -19,18 +19,49 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from qiusuo.checkpoint.load import Held
+from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import meta_model
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.parallel.experts import share_experts
+from qiusuo.training.parallel.matrices import own_part
 from qiusuo.training.parallel.traffic import CountedAllGather, CountedReduceScatter
 from qiusuo.training.parallel.world import World
 
 
-def shard(model: Transformer, world: World) -> None:
-    """Let this process keep its part of every parameter: the same model must be on all. Embedding,
-    head and last norm are gathered once a pass, since the losses read the head past its module."""
-    if world.mesh is None:
-        return
+def sharded_model(config: ModelConfig, world: World, device: str) -> Transformer:
+    """A model of which this process has room for its part of every parameter, with no numbers in
+    it yet: no process holds the whole at any time. RecipeError where experts cannot be shared."""
+    model = meta_model(config)
+    _shard(model, world)
+    return model.to_empty(device=device)
+
+
+@torch.no_grad()
+def initialize_parts(model: Transformer, generator: torch.Generator) -> None:
+    """The numbers that ``Transformer.initialize`` gives: each parameter is drawn whole, by every
+    process, and all of it but this process's part forgotten before the next."""
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape)
+        model.draw(name, whole, generator)
+        own, first = held_of(parameter)
+        own.copy_(whole[first : first + len(own)])
+    for router_bias in model.buffers():
+        router_bias.zero_()
+
+
+def held_of(tensor: Tensor) -> Held:
+    """What this process holds of a tensor, and where that begins."""
+    if not isinstance(tensor, DTensor):
+        return Held(tensor)
+    mesh, own = tensor.device_mesh, own_part(tensor)  # rows are dealt out as ``Tensor.chunk`` does
+    each = -(-len(tensor) // mesh.size())
+    return Held(own, min(mesh.get_local_rank() * each, len(tensor)))
+
+
+def _shard(model: Transformer, world: World) -> None:
+    """Let this process keep its part of every parameter. Embedding, head and last norm are gathered
+    once a pass, since the losses read the head past its module."""
     placed = share_experts(model, world) if world.expert_parallel else set()
     for block in (*model.model.main_blocks, *model.model.mtp_blocks):
         fully_shard(block, mesh=world.mesh, ignored_params=placed)
@@ -66,14 +97,9 @@ def held_like(saved: Any, held: Tensor) -> Any:
 
 
 def empty_copy(model: Transformer, world: World) -> Transformer:
-    """What ``gather_into`` fills: a whole model on the first process. It is the model itself where
-    there is one process, and of no use on the others."""
-    if world.size == 1 or not world.leads:
-        return model
-    copy = meta_model(model.config).to_empty(device=model.lm_head.weight.device)
-    if model.config.tie_word_embeddings:
-        copy.lm_head.weight = copy.model.embed_tokens.weight
-    return copy
+    """What ``gather_into`` fills: a whole model on the first process, which takes room only then.
+    It is the model itself where there is one process, and of no use on the others."""
+    return model if world.size == 1 or not world.leads else meta_model(model.config)
 
 
 @torch.no_grad()
@@ -83,5 +109,10 @@ def gather_into(copy: Transformer, model: Transformer, world: World) -> None:
         return
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    if world.leads:
-        copy.load_state_dict(state)
+    if not world.leads:
+        return
+    if copy.lm_head.weight.is_meta:
+        copy.to_empty(device=model.lm_head.weight.device)
+        if model.config.tie_word_embeddings:
+            copy.lm_head.weight = copy.model.embed_tokens.weight
+    copy.load_state_dict(state)

@@ -33,7 +33,8 @@ def be_worker() -> None:
         given = file.read(int.from_bytes(file.read(LENGTH_BYTES), "big"))
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     work: Callable[..., int]
-    work, arguments = pickle.loads(given)
+    sys.path, rest = pickle.loads(given)  # else it might not find the work
+    work, arguments = pickle.loads(rest)
     sys.exit(_answer(work, arguments))
 
 
