@@ -121,7 +121,7 @@ def measured(setting: Setting, recipe: Recipe, options: argparse.Namespace) -> F
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
         shared = options.expert_parallel and setting.processes > 1
-        launch(setting.processes, measure, recipe, options.steps, shared, out)
+        launch(setting.processes, measure, recipe, options.steps, shared, out, tell=print)
         return Found(**json.loads(out.read_text(encoding="utf-8")))
 
 
@@ -251,4 +251,6 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 
 
 if __name__ == "__main__":
+    from scaling import main  # the name by which the processes find what they shall do
+
     main()

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qiusuo.runs.folder import FollowedRun, RunFolder, default_run_path
-from qiusuo.training.parallel.launch import STOPPED, LaunchError, launch
+from qiusuo.runs.checkpoints import list_checkpoints
+from qiusuo.runs.durable import RunError
+from qiusuo.runs.folder import FollowedRun, RunFolder, State, default_run_path
+from qiusuo.training.parallel.launch import RESTARTS, LaunchError, launch
 from qiusuo.training.parallel.limits import check_shared
-from qiusuo.training.parallel.world import World, join_world, met_by_all, processes, restarts
+from qiusuo.training.parallel.worker import SAID, STOPPED
+from qiusuo.training.parallel.world import (
+    World,
+    join_world,
+    met_by_all,
+    processes,
+    restarts,
+    tells_of_a_death,
+)
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe, read_recipe
 from qiusuo.training.scene import TrainingError
 from qiusuo.training.train import resume_run, start_run, train
@@ -65,24 +75,69 @@ def carry_out(order: Order, nproc: int | None) -> int:
         stages = recipe.stages if order.stage is None else (recipe.stage(order.stage),)
         check_shared(recipe, stages, nproc)
         path = path or default_run_path(recipe.name)
+    assert path is not None
+    return _watched(replace(order, path=path), path, nproc)
+
+
+def _watched(order: Order, path: Path, nproc: int) -> int:
+    """Several processes, and a word where they can give none themselves: of a death, and of a stop
+    that they did not live to answer."""
+
+    def tell(death: str, restart: int) -> None:
+        _say(f"{death}; all go on {_from_where(path)} (restart {restart} of {RESTARTS})")
+
     try:
-        return launch(nproc, _worker, replace(order, path=path))
+        code = launch(nproc, _worker, order, tell=tell)
     except LaunchError as error:
+        _record_end(path, "failed", str(error))
         raise TrainingError(str(error)) from error
+    if code is None:
+        if _record_end(path, "interrupted"):
+            _say(f"Stopped. Go on with: qiusuo train --resume --run {path}")
+        else:
+            _say(f"Stopped before there was a run in {path}")
+        return STOPPED
+    return 1 if code == SAID else code
+
+
+def _say(text: str) -> None:
+    """One line, on a terminal below the picture of a process that was killed, and had hidden the
+    cursor."""
+    with suppress(OSError):  # of a terminal that is gone
+        print(f"\n\x1b[?25h{text}" if sys.stdout.isatty() else text, flush=True)
+
+
+def _from_where(path: Path) -> str:
+    found = list_checkpoints(path / "checkpoints")
+    return f"from the checkpoint of step {found[-1][0]:,}" if found else "from the beginning"
+
+
+def _record_end(path: Path, state: State, why: str | None = None) -> bool:
+    """Write down for the dead how their run ended; false where they had not begun one."""
+    if not (path / "recipe.toml").is_file():
+        return False
+    with suppress(RunError, OSError), RunFolder.open(path) as run:
+        last = run.status()
+        if last.get("state") != "finished":
+            place = {key: last[key] for key in ("stage", "step", "steps") if key in last}
+            run.set_status(state, **place, error=why)
+    return True
 
 
 def _worker(order: Order) -> int:
     """One of several processes. What a person must mend, if all have met it, is said and no reason
-    to start anew; an error of one process alone ends it, and the agent all."""
+    to start anew; an error of one process alone ends it, and the launcher all."""
     from qiusuo.cli import complain, mendable
 
     try:
         return _work(order)
     except mendable() as error:
+        if tells_of_a_death(error):
+            raise
         complain(error)
         if not (met_by_all(error) or isinstance(error, TrainingError)):
             sys.exit(1)
-        return 1
+        return SAID
 
 
 def _work(order: Order) -> int:

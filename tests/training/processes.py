@@ -70,7 +70,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [
         int(child)
         for child in children
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"be_worker" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
 
 

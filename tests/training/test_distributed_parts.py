@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from qiusuo.checkpoint.files import CheckpointError
 from qiusuo.checkpoint.training_state import SHARDS, load_state, save_shards
 from qiusuo.kernels.experts import experts_reference
 from qiusuo.model.moe import Routing
+from qiusuo.training.life import _Stop
 from qiusuo.training.parallel.experts import visit
 from qiusuo.training.parallel.limits import check_shared
 from qiusuo.training.parallel.matrices import MatrixExchange, own_part
@@ -239,3 +241,16 @@ def test_what_cannot_be_shared_is_refused(corpus: Path) -> None:
     check_shared(tried, tried.stages[:1], 2)
     with pytest.raises(RecipeError, match="stage rl is of kind rl, which trains in one process"):
         check_shared(tried, tried.stages, 2)
+
+
+def test_one_of_several_may_be_told_to_stop_twice() -> None:
+    """By its launcher, and by who told the launcher and all others. One alone is in haste."""
+    world = Thread(1, 2, {}, threading.Barrier(2))
+    with _Stop(world) as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+    with _Stop(ALONE):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -91,13 +91,6 @@ def give_up(model: Transformer, world: Several) -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``launch`` sets these for good."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-
-
-@pytest.fixture
 def recipes(tmp_path: Path) -> list[Recipe]:
     """With random weights, and from a folder whose norms and router biases are no round numbers."""
     save_huggingface(tiny_model(seed=5, **SHAPES["deepseek"]), tmp_path / "base")
@@ -120,9 +113,9 @@ def recipes(tmp_path: Path) -> list[Recipe]:
     ],
 )
 def test_all_begin_and_end_with_the_numbers_of_one(
-    recipes: list[Recipe], count: int, expert_parallel: bool, tmp_path: Path, started: None
+    recipes: list[Recipe], count: int, expert_parallel: bool, tmp_path: Path
 ) -> None:
-    assert launch(count, begin_and_end, recipes, expert_parallel, tmp_path) == 0
+    assert launch(count, begin_and_end, recipes, expert_parallel, tmp_path, tell=print) == 0
 
 
 # -- a checkpoint, read in parts ----------------------------------------------------------------

@@ -79,7 +79,7 @@ class StageLife:
     def live(self, last: bool) -> bool:
         """Train to the stage's end; false where someone stopped it."""
         run, state = self.run, self.state
-        with run.open_log() as log, run.open_samples() as samples, _Stop() as stop:
+        with run.open_log() as log, run.open_samples() as samples, _Stop(self.world) as stop:
             log.truncate_after(self.saved_at)
             # The look at a stage's end comes after its last checkpoint, and is then done again.
             samples.truncate_after(self.saved_at - (state.step >= state.planned))
@@ -212,9 +212,13 @@ class StageLife:
 
 class _Stop:
     """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop meets between two steps; the
-    second works as usual."""
+    second works as usual, but for one process of several: it may be told by its launcher and by
+    who tells its launcher, and to make haste is the launcher's."""
 
     asked = False
+
+    def __init__(self, world: World) -> None:
+        self.alone = world.size == 1
 
     def __enter__(self) -> _Stop:
         self.former = {
@@ -224,7 +228,8 @@ class _Stop:
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        self.restore()
+        if self.alone:
+            self.restore()
 
     def restore(self) -> None:
         for number, handler in self.former.items():

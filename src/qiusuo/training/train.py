@@ -137,12 +137,14 @@ def _stages_left(recipe: Recipe, checkpoint: dict[str, Any] | None) -> tuple[Sta
 
 
 def _mark(run: RunFolder, life: StageLife | None, error: BaseException) -> None:
-    """Say in the folder why the run stopped; a disk that is full may refuse even that."""
+    """Say in the folder why the run stopped; a disk that is full may refuse even that. That another
+    process died is no reason of this run: all are started again, or who stopped them says why."""
+    if tells_of_a_death(error):
+        return
     stopped: Any = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     place = {} if life is None else life.place()
     try:
         run.set_status(stopped, **place, error=str(error) or type(error).__name__)
-        if not tells_of_a_death(error):  # then all is begun again at once
-            draw_report(run)
+        draw_report(run)
     except (RunError, OSError):
         return

@@ -1,93 +1,174 @@
 """``qiusuo train --nproc N``: N processes on this machine, started anew where one dies.
 
-PyTorch's elastic agent starts the processes, watches them and, when one was killed, ends the others
-and starts all again; they find the run folder and go on from its last checkpoint. An error that a
-person must mend is not such a death: the processes say it, return their exit code in peace, and
-nothing is started again. The same processes can be started by ``torchrun``, on one machine or many.
+The launcher starts the processes, each in a session of its own, and looks at them ten times a
+second. When one died (it was killed, it crashed), the others get a few seconds to leave and are
+then killed: a process that waits in a collective for a dead one may wait for ever, and its main
+thread answers no signal. Nothing is lost by that but steps since the last checkpoint, from which
+all start again. An error that a person must mend is not such a death: the processes say it, return
+an exit code in peace, and nothing is started again.
+
+The first Ctrl-C (or SIGTERM) asks all to finish their step and save, and waits; the second kills
+them. What ends the launcher itself ends them too (worker.py).
+
+The processes meet as torchrun's do, through the same variables and at a store that the launcher
+keeps, a new one for each start: else they would find the addresses of the dead. PyTorch's elastic
+agent, which torchrun is, leaves survivors thirty seconds and cannot be hurried while it waits.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
+import math
 import os
+import pickle
 import signal
+import subprocess
 import sys
-import traceback
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore
 
-from qiusuo.training.parallel.world import tells_of_a_death
+from qiusuo.training.parallel.worker import ANSWERS, BEREFT, LENGTH_BYTES, be_worker
 
 RESTARTS = 3  # of one call: what dies more often has a reason that starting it anew does not mend
-STOP_SECONDS = 600  # that processes have to finish a step and to save after a Ctrl-C
-STOPPED = 130  # the exit code of a run that was stopped and saved
-
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+LEAVING_SECONDS = 3.0  # that others have after a death, to say what they met
+LOOK_SECONDS = 0.1
+HOST = "127.0.0.1"
 
 
 class LaunchError(RuntimeError):
     """The processes died again and again."""
 
 
-def launch(count: int, work: Callable[..., int], *arguments: Any) -> int:
-    """Call ``work(*arguments)``, a function of a module, in ``count`` new processes; the largest
-    exit code they return. LaunchError where they died more than RESTARTS times."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
-    # Else processes that are started anew meet at the addresses of those that died.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    _silence_agent()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=f"qiusuo-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=RESTARTS,
-        shutdown_timeout=STOP_SECONDS,
+def launch(
+    count: int, work: Callable[..., int], *arguments: Any, tell: Callable[[str, int], None]
+) -> int | None:
+    """Call ``work(*arguments)``, a function of a module that returns one of ANSWERS, in ``count``
+    new processes: the largest answer, or None where they were stopped before all could answer.
+    ``tell`` is given each death, in words, and the number of the restart that follows. LaunchError
+    where they died more than RESTARTS times."""
+    given = pickle.dumps((sys.path, pickle.dumps((work, arguments))))
+    with _Asked() as asked:
+        for restart in range(RESTARTS + 1):
+            workers = _Workers(count, restart, given)
+            try:
+                codes = workers.wait(asked)
+            finally:
+                workers.kill()
+            answers = [code for code in codes if code in ANSWERS]
+            if len(answers) == count:
+                return max(answers)
+            if asked.times:
+                return None
+            death = _first_death(codes)
+            if restart < RESTARTS:
+                tell(death, restart + 1)
+    raise LaunchError(
+        f"{RESTARTS} restarts were not enough: {death} again; the last whole checkpoint is in place"
     )
-    try:
-        codes = elastic_launch(config, _in_its_session)(work, os.getpid(), *arguments)
-    except SignalException:
-        return STOPPED
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise LaunchError(
-            f"{RESTARTS} restarts were not enough: process {rank} of {count} died again "
-            f"(exit code {failure.exitcode}); the last whole checkpoint is in place"
-        ) from None
-    return max(codes.values())
 
 
-def _silence_agent() -> None:
-    """It tells of signals and deaths at length; what matters of it we say ourselves."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+class _Asked:
+    """Counts how often the launcher was asked to stop; the third time works as usual."""
+
+    times = 0
+
+    def __enter__(self) -> _Asked:
+        self.former = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        if self.times > 1:
+            self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *details: object) -> None:
+        self.restore()
 
 
-def _in_its_session(work: Callable[..., int], parent: int, *arguments: Any) -> int:
-    """A new process. Ctrl-C at the terminal reaches it once, through the agent; it stops in good
-    order when the agent is gone. A stop is no answer but an end: were it a single process that was
-    told to stop, the agent would start all again."""
-    os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            sys.exit(STOPPED)
-    try:
-        code = work(*arguments)
-    except Exception as error:
-        if not tells_of_a_death(error):  # of another: that one is what the agent has to mend
-            traceback.print_exc()  # which the agent would keep to itself
-        raise
-    if code == STOPPED:  # an agent that was stopped itself reads no answers
-        sys.exit(STOPPED)
-    return code
+class _Workers:
+    """All processes of one start."""
+
+    def __init__(self, count: int, restart: int, given: bytes) -> None:
+        self.store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        common = {
+            "OMP_NUM_THREADS": str(max(1, (cores or 1) // count)),
+            **os.environ,
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": HOST,
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(restart),
+        }
+        self.processes = []
+        for rank in range(count):
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(_start(environment, given))
+
+    def codes(self) -> list[int | None]:
+        """The exit codes: minus its signal of one that was killed, None of one that lives."""
+        return [process.poll() for process in self.processes]
+
+    def wait(self, asked: _Asked) -> list[int | None]:
+        """The codes when all have ended, or when there is no use in waiting for those that live."""
+        passed_on, died_at = False, math.inf
+        while None in (codes := self.codes()) and asked.times < 2:
+            if asked.times and not passed_on:
+                passed_on = True
+                self.send(signal.SIGTERM)
+            if any(_dead(code) for code in codes):
+                died_at = min(died_at, time.monotonic())
+            if time.monotonic() - died_at > LEAVING_SECONDS:
+                break
+            time.sleep(LOOK_SECONDS)
+        return codes
+
+    def send(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """End those that live."""
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+def _start(environment: dict[str, str], given: bytes) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {be_worker.__module__} import be_worker; be_worker()"],
+        stdin=subprocess.PIPE,
+        env=environment,
+        bufsize=0,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # of one that has died already
+        process.stdin.write(len(given).to_bytes(LENGTH_BYTES, "big") + given)
+    return process
+
+
+def _dead(code: int | None) -> bool:
+    return code is not None and code not in ANSWERS
+
+
+def _first_death(codes: Sequence[int | None]) -> str:
+    """The death that brought the others, in words: rather one by a signal than one that a process
+    ended with itself, and that rather than one whose reason was another's."""
+    dead = [(code == BEREFT, code > 0, rank, code) for rank, code in enumerate(codes) if code]
+    *_, rank, code = min(entry for entry in dead if _dead(entry[-1]))
+    how = f"exit code {code}" if code > 0 else f"signal {-code}, {signal.strsignal(-code)}"
+    return f"process {rank} of {len(codes)} died ({how})"

@@ -27,8 +27,8 @@ from qiusuo.training.parallel.traffic import Traffic
 
 T = TypeVar("T")
 
-# While the first process draws samples the others wait; one that died is noticed at once, by its
-# closed connection, so that a long time does no harm.
+# While the first process draws samples the others wait. One that died is noticed by its closed
+# connections, or else by the launcher, so that a long time does no harm.
 PATIENCE = timedelta(hours=12)
 
 
@@ -167,9 +167,10 @@ def met_by_all(error: BaseException) -> bool:
 
 
 def tells_of_a_death(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone: gloo says so in words."""
+    """Whether a collective failed because another process is gone: gloo says so in words, with its
+    own file and line before them."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "by peer" in str(error)
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     )
 
 
