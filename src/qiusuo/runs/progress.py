@@ -141,6 +141,8 @@ class Progress:
             parts.append(f"{self.validation['bits_per_character']:.4f} bits/char.")
         if is_number(self.validation.get("loss")):
             parts.append(f"loss {self.validation['loss']:.4f}")
+        if is_number(self.validation.get("tokens")):
+            parts.append(f"over {self.validation['tokens']:,} tokens")
         if self.validation.get("step", self.step) != self.step:
             parts.append(f"at step {self.validation['step']:,}")
         return "  ".join(parts)
