@@ -263,8 +263,13 @@ def find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
     try:
         place = find_model(model)
     except CheckpointError as error:
-        near = difflib.get_close_matches(model, built_in_recipes(), 1)
-        hint = f"; did you mean the recipe {near[0]!r}?" if near and not path.exists() else ""
+        recipes = built_in_recipes()
+        near = difflib.get_close_matches(model, recipes, 1)
+        hint = f"; a config.json or a recipe does too: {', '.join(recipes)}, or a .toml file"
+        if near:
+            hint = f"; did you mean the recipe {near[0]!r}?"
+        if path.exists():
+            hint = ""
         raise CheckpointError(f"{error}{hint}") from error
     weightless = place.is_dir() and not any(place.glob("*.safetensors*"))
     if weightless:
