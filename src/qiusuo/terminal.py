@@ -182,12 +182,15 @@ def show_quantized(made: Made) -> None:
     table.add_column("")
     for title in ("numbers", "before", "after", "bits each", "largest error"):
         table.add_column(title, justify="right")
-    table.add_column("of")
-    for kind, group in (*made.groups.items(), ("all", made.whole)):
+    whole = made.whole
+    for kind, group in (*made.groups.items(), ("all", whole)):
         row = kind, f"{group.numbers:,}", show_bytes(group.before), show_bytes(group.after)
-        worst = (f"{group.error:.2%}", group.worst) if group.error else ("none", "")
-        table.add_row(*row, f"{8 * group.after / group.numbers:.2f}", *worst)
-    Console().print(table)
+        worst = f"{group.error:.2%}" if group.error else "none"
+        table.add_row(*row, f"{8 * group.after / group.numbers:.2f}", worst)
+    console = Console()
+    console.print(table)
+    if whole.worst:  # on a line of its own: a name is half as wide as a terminal
+        console.print(f"The largest error is that of {whole.worst}", soft_wrap=True)
 
 
 def load_shown(
