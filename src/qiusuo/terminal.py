@@ -52,7 +52,8 @@ def outcomes_table(run: Path) -> Table | None:
     if outcomes is None:
         return None
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("held-out problems")
+    told = any(cell and "length" in cell for _, cells in outcomes.rows for cell in cells)
+    table.add_column("held-out problems" + (" (tokens of an answer)" if told else ""))
     for words, _ in outcomes.columns:
         table.add_column(words, justify="right")
     for name, cells in outcomes.rows:
@@ -64,7 +65,7 @@ def _accuracy_and_length(cell: Mapping[str, Any] | None) -> str:
     if not cell:
         return ""
     length = cell.get("length")
-    return accuracy_words(cell)[0] + ("" if length is None else f" ({length:.0f} tokens)")
+    return accuracy_words(cell)[0] + ("" if length is None else f" ({length:.0f})")
 
 
 def show_cost(model: str, context: int | None) -> None:
