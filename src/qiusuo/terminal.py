@@ -53,7 +53,7 @@ def outcomes_table(run: Path) -> Table | None:
         return None
     table = Table(box=None, pad_edge=False, header_style="bold")
     told = any(cell and "length" in cell for _, cells in outcomes.rows for cell in cells)
-    table.add_column("held-out problems" + (" (tokens of an answer)" if told else ""))
+    table.add_column("held-out (tokens)" if told else "held-out problems")
     for words, _ in outcomes.columns:
         table.add_column(words, justify="right")
     for name, cells in outcomes.rows:
