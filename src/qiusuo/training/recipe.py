@@ -199,11 +199,14 @@ def parse_recipe(
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        by_set, by_file = [], []
-        for detail in error.errors():
-            if detail["type"] == "too_short" and detail["input"]:
+        by_set: list[str] = []
+        by_file: list[str] = []
+        places = [_place_of(dict(detail)) for detail in error.errors()]
+        for detail, location in zip(error.errors(), places, strict=True):
+            size = len(location)
+            inner = any(len(place) > size and place[:size] == location for place in places)
+            if detail["type"] == "too_short" and inner:
                 continue  # there are entries; the one that is wrong is told of
-            location = _place_of(dict(detail))
             key, was_typed = _as_typed(location, typed or {})
             line = _explain(table, dict(detail), key)
             (by_set if was_typed else by_file).append(line)

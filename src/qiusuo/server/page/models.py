@@ -157,8 +157,8 @@ def examples(model: ServedModel) -> list[str]:
     with suppress(RunError):  # a recipe or a log that was damaged since
         if run is not None:
             recipe = read_recipe(run)
-            if known := sample_prompts(recipe) or _solved(run):
-                return known[:MOST_EXAMPLES]
+            if prompts := sample_prompts(recipe) or _solved(run):
+                return prompts[:MOST_EXAMPLES]
             if recipe.get("base") is None:  # made from nothing: it knows what it was taught alone
                 return []
     if model.kind == "text":
