@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 NATIVE := $(wildcard native/*.cpp native/*.h)
 $(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@echo "Installing Qiusuo into $(VENV) (once; torch is large)"
-	$(PIP) -e '.[report,serve,constrain,tasks]'
+	$(PIP) -e '.[report,serve,constrain,tasks,data]'
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)

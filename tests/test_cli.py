@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -284,3 +286,25 @@ def test_pull_without_a_name_lists_what_there_is(ask: Ask) -> None:
     answer = ask("pull")
     assert answer.code == 0
     assert re.search(r"^tinyshakespeare +\S", answer.out, re.MULTILINE)
+
+
+def test_every_error_that_a_person_can_mend_is_there() -> None:
+    for module, name in cli.MENDABLE.items():
+        assert issubclass(getattr(importlib.import_module(module), name), Exception)
+    assert len(cli.mendable()) == len(cli.MENDABLE) + 1
+
+
+def test_a_wrong_word_is_refused_before_anything_heavy_is_loaded() -> None:
+    """In a fresh process: PyTorch alone takes seconds."""
+    code = """
+import sys
+from qiusuo import cli
+sys.argv = ["qiusuo", "quantize", "m", "out", "--to", "int5"]
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"]
+    assert done.stderr == "qiusuo: 'int5' is not one of int8, int4\n"

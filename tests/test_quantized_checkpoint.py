@@ -591,7 +591,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) 
     code, said, told = ask("quantize", "m", "small", "--to", "int4")
     assert (code, told) == (0, "")
     rows = {line.split("  ")[0]: line.split() for line in said.splitlines()}
-    assert list(rows)[1:-2] == [
+    assert list(rows)[1:-3] == [
         "embedding", "attention", "norms, routers", "dense layers", "routed experts",
         "shared experts", "head",
     ]  # fmt: skip
@@ -601,6 +601,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) 
     assert said.endswith("m is in small\n")
     assert "is there already" in refused(ask("quantize", "m", "small", "--to", "int8"))
     assert "'int2' is not one of" in refused(ask("quantize", "m", "other", "--to", "int2"))
+    unused = ask("quantize", "m", "other", "--to", "int8", "--calibrate", "no/such")
+    assert "--calibrate is for int4" in refused(unused)  # before the text, or anything, is read
+    assert "The largest error is that of model.layers." in said
     answer = ask("inspect", "small")
     assert "int4, " in answer.out
     assert "INT4" in answer.out
@@ -611,3 +614,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) 
     for words in (["chat", "small"], ["chat", "m", "--quantize", "int4"]):
         assert "no chat template" in refused(ask(*words))
     assert "'int2' is not one of" in refused(ask("chat", "m", "--quantize", "int2"))
+    assert "cache 'int4' is not one of int8" in refused(ask("chat", "m", "--cache", "int4"))

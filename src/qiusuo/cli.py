@@ -182,6 +182,8 @@ def chat(
     device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model in the terminal."""
+    _check_choice(quantize, ("int8", "int4"), "quantize ")
+    _check_choice(cache, ("int8",), "cache ")
     from qiusuo.chat import Conversation, check_draft, converse, limits_for
     from qiusuo.engine.sampling import Sampling
     from qiusuo.terminal import load_shown
@@ -241,6 +243,8 @@ def serve(
     device: DeviceOption = "cpu",
 ) -> None:
     """Serve models: the DeepSeek, OpenAI and Anthropic API, and a page to use and to watch them."""
+    _check_choice(quantize, ("int8", "int4"), "quantize ")
+    _check_choice(cache, ("int8",), "cache ")
     from qiusuo.engine.limits import Limits
     from qiusuo.server.serving import serve as start
     from qiusuo.server.settings import Settings, default_database
@@ -304,6 +308,11 @@ def quantize(
     calibration_tokens: Annotated[int, typer.Option(min=1, help="To read of it.")] = 32768,
 ) -> None:
     """Write a model in 8 or 4 bits, to run faster and in less memory, without loading it whole."""
+    _check_choice(to, ("int8", "int4"))
+    if calibrate and to != "int4":
+        from qiusuo.checkpoint.files import CheckpointError
+
+        raise CheckpointError(f"--calibrate is for int4: {to} has no use for it")
     from qiusuo.checkpoint.calibration import calibrate_on
     from qiusuo.checkpoint.open import open_checkpoint
     from qiusuo.checkpoint.quantize import check_quantizable, quantize_checkpoint
@@ -318,6 +327,8 @@ def quantize(
     with show_progress(out.name) as progress:
         made = quantize_checkpoint(checkpoint, out, to, progress, calibration)
     show_quantized(made)
+    if calibration is not None:
+        typer.echo(f"Calibrated on {calibration.tokens:,} tokens of {', '.join(calibrate or ())}")
     typer.echo(f"{model} is in {out}")
 
 
@@ -378,42 +389,44 @@ def complain(error: Exception) -> None:
     """Say what a person can mend in one message. Of several processes that train, another says what
     they all met or what stopped it."""
     from qiusuo.terminal import without_controls
-    from qiusuo.training.parallel.world import ElsewhereError
-    from qiusuo.training.scene import TrainingError
 
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not isinstance(error, ElsewhereError | TrainingError):
-        place = "" if rank == "0" else f" (process {rank})"
-        print(f"qiusuo{place}: {without_controls(str(error))}", file=sys.stderr, flush=True)
+    if rank != "0":
+        from qiusuo.training.parallel.world import ElsewhereError
+        from qiusuo.training.scene import TrainingError
+
+        if isinstance(error, ElsewhereError | TrainingError):
+            return
+    place = "" if rank == "0" else f" (process {rank})"
+    print(f"qiusuo{place}: {without_controls(str(error))}", file=sys.stderr, flush=True)
+
+
+MENDABLE = {
+    "qiusuo.checkpoint.files": "CheckpointError",
+    "qiusuo.data.errors": "DataError",
+    "qiusuo.evaluation.answers": "EvaluationError",
+    "qiusuo.kernels.native": "KernelError",
+    "qiusuo.model.checks": "ConfigError",
+    "qiusuo.runs.durable": "RunError",
+    "qiusuo.server.failure": "ServerError",
+    "qiusuo.tasks.task": "TaskError",
+    "qiusuo.training.layout": "PlanError",
+    "qiusuo.training.parallel.world": "ElsewhereError",
+    "qiusuo.training.recipe": "RecipeError",
+    "qiusuo.training.scene": "TrainingError",
+}
 
 
 def mendable() -> tuple[type[Exception], ...]:
-    """Errors that a user can mend."""
-    from qiusuo.checkpoint.files import CheckpointError
-    from qiusuo.data.errors import DataError
-    from qiusuo.evaluation.answers import EvaluationError
-    from qiusuo.kernels.native import KernelError
-    from qiusuo.model.checks import ConfigError
-    from qiusuo.runs.durable import RunError
-    from qiusuo.server.failure import ServerError
-    from qiusuo.tasks.task import TaskError
-    from qiusuo.training.layout import PlanError
-    from qiusuo.training.parallel.world import ElsewhereError
-    from qiusuo.training.recipe import RecipeError
-    from qiusuo.training.scene import TrainingError
+    """Errors that a user can mend. One was only raised where its module is loaded: to load them all
+    for a message would take seconds."""
+    loaded = ((sys.modules.get(module), name) for module, name in MENDABLE.items())
+    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
 
-    return (
-        CheckpointError,
-        ConfigError,
-        DataError,
-        ElsewhereError,
-        EvaluationError,
-        KernelError,
-        PlanError,
-        RecipeError,
-        RunError,
-        ServerError,
-        TaskError,
-        TrainingError,
-        OSError,
-    )
+
+def _check_choice(value: str | None, choices: tuple[str, ...], of: str = "") -> None:
+    """Refuse a word that is none of the choices before anything heavy is loaded."""
+    if value is not None and value not in choices:
+        from qiusuo.checkpoint.files import CheckpointError
+
+        raise CheckpointError(f"{of}{value!r} is not one of {', '.join(choices)}")

@@ -72,7 +72,8 @@ def plan(
         spent = planning.read_count(hours, "--hours")
         share = planning.implied_share(config, found, layout, count, spent, mtp)
         known = "implied by the hours"
-    _show(config, planning.plan(config, found, layout, count, share or ASSUMED_SHARE, mtp), known)
+    share = ASSUMED_SHARE if share is None else share
+    _show(config, planning.plan(config, found, layout, count, share, mtp), known)
 
 
 def _show(config: ModelConfig, plan: Plan, known: str) -> None:
@@ -89,7 +90,7 @@ def _show(config: ModelConfig, plan: Plan, known: str) -> None:
 
 def _run_rows(config: ModelConfig, plan: Plan, known: str) -> Iterator[tuple[str, str]]:
     """The model, and the whole run."""
-    from qiusuo.runs.words import format_duration, format_large
+    from qiusuo.runs.words import format_duration, format_large, format_number
 
     cost, device, layout = plan.cost, plan.device, plan.layout
     hours, trillions = plan.device_hours, plan.tokens / 1e12
@@ -101,13 +102,13 @@ def _run_rows(config: ModelConfig, plan: Plan, known: str) -> Iterator[tuple[str
     )
     yield (
         "Arithmetic of a token",
-        f"{plan.flops_per_token / 1e9:,.4g} GFLOPs forward and backward, in "
+        f"{format_number(plan.flops_per_token / 1e9)} GFLOPs forward and backward, in "
         f"{layout.sequence_length:,} tokens of causal attention",
     )
     yield "Of the run", f"{plan.flops:.3g} FLOPs for {format_large(plan.tokens)} tokens"
     yield "Device", f"{device.name}, {device.bf16 / 1e12:,.4g} TFLOP/s in bf16"
     of_fp8 = f", {plan.share * device.bf16 / device.fp8:.1%} of fp8's" if device.fp8 else ""
-    rate = f"{plan.token_rate:,.4g} tokens/s a device"
+    rate = f"{format_large(plan.token_rate)} tokens/s a device"
     yield "Share of its peak", f"{plan.share:.1%}{of_fp8} ({known}): {rate}"
     each = f"{format_large(hours / trillions)} a trillion tokens"
     yield "Device hours", f"{format_large(hours)}, {each}"
@@ -116,7 +117,7 @@ def _run_rows(config: ModelConfig, plan: Plan, known: str) -> Iterator[tuple[str
     yield (
         "A step",
         f"{layout.batch:,} sequences, {format_large(layout.step_tokens)} tokens: "
-        f"{plan.step_seconds:.3g} s",
+        f"{_short(plan.step_seconds)}",
     )
 
 
@@ -140,8 +141,8 @@ def _device_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         if plan.network_seconds is not None and fast is not None:
             yield (
                 "Between machines",
-                f"{plan.network_seconds:.3g} s of a step at {format_bytes(fast)}/s, beside "
-                f"{plan.step_seconds:.3g} s of arithmetic",
+                f"{_short(plan.network_seconds)} of a step at {format_bytes(fast)}/s, beside "
+                f"{_short(plan.step_seconds)} of arithmetic",
             )
     in_bf16, in_fp8 = map(plan.cost.weight_bytes, ("bfloat16", "fp8 (128×128 blocks)"))
     yield (
@@ -149,3 +150,10 @@ def _device_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{format_bytes(in_bf16)} in bf16, {format_bytes(in_fp8)} in fp8; to train on from: "
         f"{format_bytes(plan.state_bytes)}",
     )
+
+
+def _short(seconds: float) -> str:
+    """A time of a step, mostly of seconds: "19.9 s", "0.42 ms"."""
+    from qiusuo.runs.words import format_number
+
+    return f"{format_number(seconds, 3)} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -18,6 +18,7 @@ from qiusuo.engine.language_model import LanguageModel
 from qiusuo.engine.loading import load
 from qiusuo.runs.folder import RunFolder, read_recipe, read_status
 from qiusuo.runs.summary import read_summary
+from qiusuo.tasks.task import END_THINK, THINK
 from qiusuo.terminal import facts_table, outcomes_table
 from qiusuo.training.recipe import Recipe, parse_recipe
 from qiusuo.training.stages import PretrainStage
@@ -84,7 +85,10 @@ def _write(lm: LanguageModel, recipe: Recipe, console: Console, **more: Any) -> 
         seed=time.time_ns() % 2**32,
     )
     for prompt, completion in zip(prompts, completions, strict=True):
-        console.print(f"[bold]{_escape(prompt)}[/bold]{_escape(completion.text)}", end="\n\n")
+        written = completion.text
+        for tag in (THINK, END_THINK):  # marks for programs; what stands between them stays
+            written = written.replace(tag, "")
+        console.print(f"[bold]{_escape(prompt)}[/bold]{_escape(written)}", end="\n\n")
 
 
 def _converse(lm: LanguageModel, recipe: Recipe, console: Console) -> None:

@@ -21,14 +21,13 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
-from qiusuo.checkpoint.files import CheckpointError
-from qiusuo.checkpoint.open import pull_model
-from qiusuo.data.errors import DataError
+from qiusuo.data.cache import show_bytes
+from qiusuo.data.catalogue import find_entry
+from qiusuo.data.hub_reference import model_folder
 from qiusuo.runs.folder import RunFolder, read_status
 from qiusuo.server.api.errors import ApiError
 from qiusuo.server.failure import ServerError
 from qiusuo.server.house import House
-from qiusuo.server.registry import in_daemon
 from qiusuo.server.serving import Server, address_of, bound
 from qiusuo.server.settings import Settings
 
@@ -109,7 +108,8 @@ async def _bring(
     address: str,
     console: Console,
 ) -> None:
-    """The trained model once it is there, then one to converse with if it can be had."""
+    """The trained model once it is there, and one to converse with if it was ever pulled: nothing
+    is fetched that nobody asked for."""
     if child is not None:
         while child.poll() is None:
             await asyncio.sleep(0.2)
@@ -119,10 +119,14 @@ async def _bring(
         with suppress(ApiError):
             await house.registry.add(path)
             console.print(f"{path.name} is there to write with: {address}", highlight=False)
+    folder = model_folder(COMPANION)
+    if not (folder / "config.json").is_file():
+        size = show_bytes(find_entry(COMPANION).bytes)
+        console.print(f"`qiusuo pull {COMPANION}` fetches a small model to talk with ({size})")
+        return
     try:
-        folder = await in_daemon(pull_model, COMPANION)
         await house.registry.add(folder, COMPANION)
-    except (DataError, CheckpointError, ApiError, OSError) as error:
-        console.print(f"{COMPANION} is not here: {error}", markup=False)
+    except ApiError as error:
+        console.print(f"{COMPANION} cannot be served: {error}", markup=False)
     else:
         console.print(f"{COMPANION} is there to talk with: {address}")

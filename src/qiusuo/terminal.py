@@ -52,7 +52,8 @@ def outcomes_table(run: Path) -> Table | None:
     if outcomes is None:
         return None
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("held-out problems")
+    told = any(cell and "length" in cell for _, cells in outcomes.rows for cell in cells)
+    table.add_column("held-out (tokens)" if told else "held-out problems")
     for words, _ in outcomes.columns:
         table.add_column(words, justify="right")
     for name, cells in outcomes.rows:
@@ -64,7 +65,7 @@ def _accuracy_and_length(cell: Mapping[str, Any] | None) -> str:
     if not cell:
         return ""
     length = cell.get("length")
-    return accuracy_words(cell)[0] + ("" if length is None else f" ({length:.0f} tokens)")
+    return accuracy_words(cell)[0] + ("" if length is None else f" ({length:.0f})")
 
 
 def show_cost(model: str, context: int | None) -> None:
@@ -182,12 +183,15 @@ def show_quantized(made: Made) -> None:
     table.add_column("")
     for title in ("numbers", "before", "after", "bits each", "largest error"):
         table.add_column(title, justify="right")
-    table.add_column("of")
-    for kind, group in (*made.groups.items(), ("all", made.whole)):
+    whole = made.whole
+    for kind, group in (*made.groups.items(), ("all", whole)):
         row = kind, f"{group.numbers:,}", show_bytes(group.before), show_bytes(group.after)
-        worst = (f"{group.error:.2%}", group.worst) if group.error else ("none", "")
-        table.add_row(*row, f"{8 * group.after / group.numbers:.2f}", *worst)
-    Console().print(table)
+        worst = f"{group.error:.2%}" if group.error else "none"
+        table.add_row(*row, f"{8 * group.after / group.numbers:.2f}", worst)
+    console = Console()
+    console.print(table)
+    if whole.worst:  # on a line of its own: a name is half as wide as a terminal
+        console.print(f"The largest error is that of {whole.worst}", soft_wrap=True)
 
 
 def load_shown(
@@ -263,8 +267,13 @@ def find_config(model: str) -> tuple[ModelConfig, Checkpoint | None]:
     try:
         place = find_model(model)
     except CheckpointError as error:
-        near = difflib.get_close_matches(model, built_in_recipes(), 1)
-        hint = f"; did you mean the recipe {near[0]!r}?" if near and not path.exists() else ""
+        recipes = built_in_recipes()
+        near = difflib.get_close_matches(model, recipes, 1)
+        hint = f"; a config.json or a recipe does too: {', '.join(recipes)}, or a .toml file"
+        if near:
+            hint = f"; did you mean the recipe {near[0]!r}?"
+        if path.exists():
+            hint = ""
         raise CheckpointError(f"{error}{hint}") from error
     weightless = place.is_dir() and not any(place.glob("*.safetensors*"))
     if weightless:

@@ -50,7 +50,7 @@ def step_record(step: int, steps: int, layers: int, experts: int, rng: Any) -> d
         "step": step,
         "loss": loss + rng.normal(0, 0.11),
         "mtp_loss": loss + 0.55 + rng.normal(0, 0.13),
-        "balance_loss": 1.01,
+        "balance_loss": 1.01 + 0.2 * progress,
         "grad_norm": 0.7 + 3 * math.exp(-30 * progress) + rng.gamma(2, 0.06),
         "lr": 3e-4 * warm * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2),
         "tokens": step * 16384,

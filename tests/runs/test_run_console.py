@@ -48,6 +48,41 @@ def test_plain_lines_tell_everything_once() -> None:
     assert len([line for line in lines if line.startswith("step 3/3")]) == 1
 
 
+def test_the_loss_told_is_the_steps_own_before_and_after_a_restart() -> None:
+    """What a line says stands in the log, whatever the steps before it were."""
+    stream = io.StringIO()
+    with LiveView(30, "demo", stream=stream, clock=Clock()) as view:
+        for step, loss in ((1, 9.0), (2, 5.0), (30, 3.25)):
+            view.update(record(step, loss=loss, mtp_loss=loss + 1))
+    assert "loss 3.2500  MTP 4.2500" in stream.getvalue().splitlines()[-1]
+    resumed = io.StringIO()
+    with LiveView(30, "demo", start_step=29, stream=resumed, clock=Clock()) as view:
+        view.update(record(30, loss=3.25, mtp_loss=4.25))
+    assert resumed.getvalue().splitlines()[-1] == stream.getvalue().splitlines()[-1]
+
+
+def test_a_stage_says_which_steps_of_the_run_are_its_own() -> None:
+    stream = io.StringIO()
+    with LiveView(2209, "demo: rl", start_step=2149, stream=stream, clock=Clock()):
+        pass
+    assert stream.getvalue().splitlines()[0] == "demo: rl: steps 2,150 to 2,209"
+
+
+def test_the_time_left_is_never_more_than_the_minutes_given() -> None:
+    """Until the tenth step nobody knows how many steps fit: the limit in steps is far away."""
+    stream, clock = io.StringIO(), Clock()
+    with LiveView(10_000, "demo", stream=stream, clock=clock) as view:
+        for step in range(1, 10):
+            clock.now += 2.0
+            view.update(record(step, minutes=0.5))
+        assert "step 6/" in stream.getvalue().splitlines()[-1]
+        assert "18 s left of this stage" in stream.getvalue().splitlines()[-1]
+        view.set_total(15)
+        clock.now += 2.0
+        view.update(record(10))
+    assert "10 s left of this stage" in stream.getvalue().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("total", "seconds", "fewest", "most"),
     [(1000, 0.01, 8, 16), (100, 0.5, 18, 24), (20, 30.0, 20, 22), (20_000, 1.0, 200, 500)],

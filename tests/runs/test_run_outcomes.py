@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from tests.runs.conftest import RL_TASKS, make_run
 from tests.runs.test_run_console import Clock
 from tests.runs.test_run_report import Page
@@ -21,6 +22,7 @@ from qiusuo.runs.outcomes import find_outcomes, in_order, other_words
 from qiusuo.runs.plots import draw_pictures
 from qiusuo.runs.report import write_report
 from qiusuo.runs.series import broken_at, stage_starts
+from qiusuo.terminal import outcomes_table
 
 
 def look(step: int, stage: str, when: str | None = None, **tasks: float) -> dict[str, Any]:
@@ -70,6 +72,20 @@ def test_rollout_records_keep_what_is_not_finite(tmp_path: Path) -> None:
     assert math.isnan(record["by_task"]["a/1"])
 
 
+def test_the_table_of_a_terminal_has_a_line_a_task(tmp_path: Path) -> None:
+    """Five stages of a life, in eighty columns."""
+    with RunLog(tmp_path / "log.jsonl") as log:
+        for step, stage in enumerate(("pretrain", "cold-start", "rl", "distil"), 1):
+            rates = {"parity/12": {"accuracy": 0.625, "length": 3.96}}
+            look = {"step": step, "stage": stage, "when": "after", "tasks": rates}
+            log.append({"kind": "validation", **look})
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(outcomes_table(tmp_path))
+    head, line = shown.getvalue().splitlines()
+    assert head.split("  ")[0] == "held-out (tokens)"
+    assert line.split()[1:] == ["62.5%", "(4)"] * 4
+
+
 def test_the_pictures(rl_run: Path) -> None:
     names = [picture.name for picture in draw_pictures(read_log(rl_run / "log.jsonl"))]
     own = ["reward", "accuracy", "length", "entropy", "groups", "distance", "traces", "tasks"]
@@ -78,7 +94,7 @@ def test_the_pictures(rl_run: Path) -> None:
     alone = [{"kind": "rollout", "step": 1, "reward": math.nan, "kl": 0.0}]
     assert len(draw_pictures(alone)) == 2
     policy = [{"kind": "step", "step": 1, "stage": "rl", "loss": 0.01}]
-    told = [{"kind": "rollout", "step": 1, "stage": "rl", "kept": 3}]
+    told = [{"kind": "rollout", "step": n, "stage": "rl", "kept": 3 * n} for n in (1, 2)]
     assert [picture.name for picture in draw_pictures(told + policy)] == ["rl-others"]
 
 
@@ -99,7 +115,7 @@ def test_the_report_tells_of_reinforcement(rl_run: Path) -> None:
     assert "before" not in table.replace("Before and after", "")
     assert "from 4.6% (after sft)" in page.text
     assert "2.7000" in page.sections["validation"]  # the look at text, and no empty rows
-    assert page.sections["validation"].count("–") <= 1
+    assert page.sections["validation"].count("–") <= 2
     answers = page.sections["rollouts"]
     assert "step 205" in answers
     assert "step 400" in answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from qiusuo.runs.folder import RunFolder
 from qiusuo.runs.log import read_log
 from qiusuo.runs.plots import draw_pictures
 from qiusuo.runs.report import write_report
-from qiusuo.runs.series import expert_loads, smooth, spread, thin
+from qiusuo.runs.series import broken_at, expert_loads, smooth, smooth_apart, spread, thin
+from qiusuo.runs.style import mark_stages, new_figure, number_axis
 from qiusuo.runs.summary import find_fact, read_summary, write_summary
 from qiusuo.runs.words import format_bytes, format_duration, format_fact, format_large
 
@@ -182,6 +184,72 @@ def test_the_validation_table_keeps_its_best_row(make: Callable[..., Path], tmp_
     section = Page(write_report(path)).sections["validation"]
     assert "0.1234" in section
     assert "more rows are in log.jsonl" in section
+
+
+def test_a_stage_is_smoothed_by_itself() -> None:
+    """A loss that jumps where a stage begins, or that others lie between, neither rises before nor
+    runs on after."""
+    steps = np.array([1.0, 2, 3, 4, 11, 12, 13, 14])
+    values = np.array([2.0] * 4 + [8.0] * 4)
+    places = [1, 5, 7, 11]  # stages that have no loss lie between
+    assert np.array_equal(smooth_apart(steps, values, places), values)
+    assert smooth(values)[3] > 3
+    x, y = broken_at(steps, values, places)
+    assert np.flatnonzero(np.isnan(y)).tolist() == [4]
+    assert x.tolist() == [1, 2, 3, 4, 11, 11, 12, 13, 14]
+    assert len(smooth_apart(steps[:0], values[:0], places)) == 0
+
+
+def test_looks_at_a_part_are_not_held_against_looks_at_all(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make(tmp_path / "run", steps=24, layers=1, experts=4)
+    records = [r for r in read_log(run / "log.jsonl") if r["kind"] != "validation"]
+    looks = [(6, 4.9, 4.7, 283), (12, 4.6, 4.5, 283), (18, 4.3, 4.2, 283), (24, 4.4, 4.9, 682)]
+    for step, loss, bits, tokens in looks:
+        look = {"kind": "validation", "step": step, "loss": loss, "tokens": tokens}
+        records.append(look | {"bits_per_character": bits})
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = Page(write_report(run))
+    assert "4.400 nats per token (4.900 bits per character) over 682 tokens." in page.text
+    assert "Over 283 tokens, which is another figure, it went from 4.900 at step 6 to" in page.text
+    [best] = re.findall(r'<tr class="best">(.*?)</tr>', (run / "report.html").read_text())
+    assert re.findall(r">([^<]+)<", best)[:4] == ["18", "4.3000", "4.2000", "283"]
+    [loss] = [picture for picture in draw_pictures(records) if picture.name == "loss"]
+    assert "cannot be compared" in loss.caption
+
+
+def test_what_never_changes_is_said_and_not_drawn() -> None:
+    records = [
+        {"kind": "step", "step": step, "loss": 2.0, "flat": 1.0 + step * 1e-6, "lively": step}
+        for step in range(1, 9)
+    ]
+    [others] = [picture for picture in draw_pictures(records) if picture.name == "others"]
+    assert "The same in every step that has it: flat 1.000" in others.caption
+    assert "lively" not in others.caption
+    assert "others" not in [p.name for p in draw_pictures([r | {"lively": 1} for r in records])]
+
+
+def test_names_of_short_stages_do_not_lie_on_one_another() -> None:
+    figure = new_figure(9.4, 3.6)
+    axes = figure.subplots()
+    axes.set_xlim(0, 2400)
+    mark_stages(
+        axes,
+        [(0, "pretrain"), (1970, "cold-start"), (2150, "rl"), (2167, "traces"), (2183, "distil")],
+    )
+    number_axis(axes.xaxis)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    inside = axes.get_window_extent()
+    assert all(inside.x0 - 1 <= box.x0 and box.x1 <= inside.x1 + 1 for box in boxes)
+    axes.set_xlim(2150, 2166)
+    number_axis(axes.xaxis)
+    figure.canvas.draw()
+    assert {"2,150", "2,166"} & {label.get_text() for label in axes.get_xticklabels()}
+    assert not any("." in label.get_text() for label in axes.get_xticklabels())
 
 
 def test_smoothing_and_thinning() -> None:

@@ -26,16 +26,12 @@ class Quickstart:
         recipe["stages"][0]["steps"] = steps
         lives.write_recipe(folder / "tiny.toml", recipe)
         self.said = folder / "said.txt"
-        # No index to fetch a companion from: what cannot be had is said and no more.
-        nowhere = {
-            "QIUSUO_HOME": str(folder / "home"),
-            "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-        }
+        empty = {"QIUSUO_HOME": str(folder / "home")}
         with self.said.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *WORDS.split()],
                 cwd=folder,
-                env=os.environ | nowhere | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | empty | {"OMP_NUM_THREADS": "1"},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -88,7 +84,11 @@ def test_from_the_first_step_to_a_model_and_again(start):
     first.until(lambda: [model["id"] for model in first.get("/api/models")] == ["tiny"])
     [run] = first.get("/api/runs")
     assert (run["state"], run["step"], run["served_as"]) == ("finished", 4, "tiny")
-    first.until(lambda: "smollm2 is not here" in first.words)
+    # A companion is offered, with its size, and not fetched.
+    offer = "`qiusuo pull smollm2` fetches a small model to talk with (92.9 MB)"
+    first.until(lambda: offer in first.words)
+    assert not (first.said.parent / "home/models").exists()
+    assert not (first.said.parent / "home/archives").exists()
     question = {"model": "tiny", "prompt": "一", "max_tokens": 3}
     answer = httpx.post(first.url + "/v1/completions", json=question, timeout=60).json()
     assert answer["usage"]["completion_tokens"] <= 3

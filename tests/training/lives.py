@@ -102,7 +102,7 @@ def recipe_for(corpus: Path | str, **changes: Any) -> Recipe:
 def scene_of(recipe: Recipe, path: Path, stage: str | None = None) -> Scene[Any]:
     """What a stage (the first where none is named) of a new run in a new folder begins with; its
     records are added to the list ``scene.record.__self__``."""
-    run = start_run(recipe, path)
+    run = RunFolder.create(path, recipe.model_dump(mode="json"), version="test")
     section = recipe.stages[0] if stage is None else recipe.stage(stage)
     tokenizer = run_tokenizer(recipe, run.path / "tokenizer")
     model = build_model(recipe, tokenizer, section.name)

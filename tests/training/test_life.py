@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -167,6 +170,28 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     lives.write_corpus(tmp_path / "road.jsonl", 3)
     with pytest.raises(DataError, match=r"raod\.jsonl.*road\.jsonl"):
         lives.live(lives.recipe_for(tmp_path / "raod.jsonl"), tmp_path / "run")
+
+
+def test_a_package_that_is_missing_is_named_before_there_is_a_folder(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    data = {"corpora": [{"source": str(corpus)}], "deduplicate": "near"}
+    with pytest.raises(DataError, match=r"needs datasketch: pip install 'qiusuo\[data\]'"):
+        lives.live(lives.recipe_for(corpus, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_documented_install_has_what_the_documented_recipe_needs() -> None:
+    """The first recipe of docs/training.md finds near-duplicates; `make run` installs for it."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs/training.md").read_text(encoding="utf-8")
+    recipe = parse_recipe(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    assert recipe.stages[0].data.deduplicate == "near"
+    installed = re.search(r"ready-run:.*?-e '\.\[(.*?)\]'", (root / "Makefile").read_text(), re.S)
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [p for e in installed[1].split(",") for p in extras["optional-dependencies"][e]]
+    assert any(package.startswith("datasketch") for package in wanted)
 
 
 def test_a_corpus_shorter_than_a_window_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,4 +252,20 @@ def test_the_command(
     assert "are too few" in refused(ask("plan", file, "--hours", "3"))
     assert "expected one of h800" in refused(ask("plan", file, "--device", "abacus"))
     assert "expected fp8 or bfloat16" in refused(ask("plan", file, "--precision", "fp4"))
-    assert "no/such" in refused(ask("plan", "no/such"))
+    message = refused(ask("plan", "no/such"))
+    assert "no/such" in message
+    assert "a config.json or a recipe does too: countdown, " in message
+
+
+def test_small_numbers_in_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    ask = asker(monkeypatch, capsys)
+    assert "--share 0 must be above 0" in refused(ask("plan", "quickstart", "--share", "0"))
+    message = refused(ask("plan", "quickstart", "--hours", "0.0001"))
+    assert re.search(r"--hours 0\.0001 are too few: .* needs 5\.\d+ for 1\.00 T tokens", message)
+    told = ask("plan", "quickstart").out
+    assert re.search(r"\d+\.\d M tokens/s a device", told)
+    assert re.search(r"8,192 tokens: 0\.\d+ ms", told)
+    assert not re.search(r"\de[+-]\d", told.replace("e+19 FLOPs", ""))

@@ -193,6 +193,8 @@ def test_minutes_shorten_the_plan_and_the_rate_still_decays(
     fake_clock(monkeypatch, 1.0)
     assert lives.live(recipe, tmp_path / "whole")
     assert lives.steps_done(tmp_path / "whole") == list(range(1, 19))
+    steps = [r for r in read_log(tmp_path / "whole/log.jsonl") if r["kind"] == "step"]
+    assert [record.get("minutes") for record in steps] == [0.3] * 10 + [None] * 8
     peak = recipe.stages[0].optimizer.learning_rate
     decay = 0.3 * 18
     expected = [peak * min(1.0, (18 - step) / decay) for step in range(10, 18)]

@@ -103,6 +103,43 @@ def test_every_wrong_key_is_named_at_once(table: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.pretrain.precison=fp8", "precison is not a key; did you mean 'precision'?"),
+        ("stages.0.steps=abc", "steps: Input should be a valid integer"),
+        ("stages.pretrain.steps=-4", "steps: Input should be greater than or equal to 1 (got -4)"),
+        ("stages.pretrain.optimizer.learning_rate=nan", "should be greater than 0 (got nan)"),
+        ('stages.pretrain.data.corpora=[{source="x", wait=1}]', "corpora.0.wait is not a key"),
+        ("stages.pretrain.kind=wash", "kind: 'wash' is none of"),
+        ("stages=[]", "at least 1 item"),
+    ],
+)
+def test_a_set_that_is_wrong_is_one_line_in_the_words_typed(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read_recipe("seconds", ["stages.pretrain.batch_size=32", override])
+    [line] = str(error.value).splitlines()
+    assert line.startswith(f"--set {override.split('=', maxsplit=1)[0]}")
+    assert expected in line
+    assert "seconds.toml" not in line
+
+
+def test_what_a_set_and_the_file_cannot_be_together_names_both() -> None:
+    with pytest.raises(RecipeError) as error:
+        read_recipe("seconds", ["stages.pretrain.batch_size=33"])
+    head, line = str(error.value).splitlines()
+    assert "seconds.toml with --set stages.pretrain.batch_size" in head
+    assert line == "  stages.pretrain: batch_size must be a multiple of micro_batch_size"
+
+
+def test_an_extension_that_is_too_short_is_not_told_to_extend() -> None:
+    stage = {"extend": {"factor": 2}, "sequence_length": 500}
+    message = refused(lives.recipe_table("tang-poems", **stage))
+    assert "sequence_length 500 is over the model's max_position_embeddings 256" in message
+    assert "raise the factor" in message
+    assert "can make it longer" not in message
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"batch_size": 8, "micro_batch_size": 3}, "batch_size must be a multiple of micro"),

@@ -9,6 +9,7 @@ the threshold or more. Both keep the first of a kind and count what they drop.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,12 @@ class ExactDuplicates:
         return filter(self.keep, documents)
 
 
+def require_datasketch() -> None:
+    """`DataError` where the package that finds near-duplicates is not installed."""
+    if importlib.util.find_spec("datasketch") is None:
+        raise DataError("near-duplicate removal needs datasketch: pip install 'qiusuo[data]'")
+
+
 class NearDuplicates:
     """Drops a text whose shingles overlap an earlier one's by `threshold` (Jaccard) or more.
 
@@ -54,12 +61,9 @@ class NearDuplicates:
     def __init__(self, threshold: float = 0.8) -> None:
         if not 0 < threshold <= 1:
             raise DataError(f"threshold must be in (0, 1], not {threshold}")
-        try:
-            import datasketch
-        except ImportError as error:
-            raise DataError(
-                "near-duplicate removal needs datasketch: pip install 'qiusuo[data]'"
-            ) from error
+        require_datasketch()
+        import datasketch
+
         self.threshold = threshold
         self.kept = 0
         self.dropped = 0

@@ -62,7 +62,7 @@ class LiveView:
             self._live = Live(self._picture(), console=self._console, auto_refresh=False)
             self._live.start(refresh=True)
         else:
-            self._tell(f"{self._progress.title}: {self._progress.total:,} steps")
+            self._tell(f"{self._progress.title}: {self._progress.plan()}")
         return self
 
     def __exit__(
@@ -128,7 +128,7 @@ class LiveView:
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
         left = p.seconds_left(self._clock())
-        ahead = f"{format_duration(left)} left" if left is not None else "…"
+        ahead = f"{format_duration(left)} left of this stage" if left is not None else "…"
         if p.step >= p.total:
             ahead = f"took {format_duration(p.elapsed(self._clock()))}"
         head.add_row(

@@ -127,5 +127,5 @@ def disk_full(path: Path, intact: str, unfinished: Path | None = None) -> RunErr
     room = format_bytes(free)
     return RunError(
         f"the disk is full: could not write {path} ({room} free without it); {intact}. "
-        "Free some space, or keep fewer checkpoints, and resume."
+        "Free some space and resume."
     )

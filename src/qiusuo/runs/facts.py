@@ -16,7 +16,7 @@ from qiusuo.runs.folder import read_recipe, read_status
 from qiusuo.runs.lock import writer_of
 from qiusuo.runs.log import read_log
 from qiusuo.runs.outcomes import Outcomes, find_outcomes, share
-from qiusuo.runs.series import is_number, of_kind, typical, without_policy
+from qiusuo.runs.series import by_set, is_number, of_kind, typical, without_policy
 from qiusuo.runs.summary import read_summary
 from qiusuo.runs.words import format_duration, format_large, format_number
 
@@ -87,8 +87,10 @@ class RunFacts:
         return next((r["loss"] for r in reversed(steps) if is_number(r.get("loss"))), None)
 
     def best_validation(self) -> dict[str, Any] | None:
-        """The validation with the lowest finite loss, the earliest of equals."""
-        finite = [r for r in self.losses if math.isfinite(r["loss"])]
+        """The validation with the lowest finite loss, the earliest of equals, among those of the
+        set of text that was looked at most often."""
+        among = max(by_set(self.losses).values(), key=len, default=[])
+        finite = [r for r in among if math.isfinite(r["loss"])]
         return min(finite, key=lambda record: record["loss"], default=None)
 
     def key_figures(self) -> list[tuple[str, str, str]]:
@@ -134,18 +136,35 @@ class RunFacts:
                 + self.machine()
                 + "."
             )
-        if self.losses:
-            first, final = self.losses[0], self.losses[-1]
-            words = f"The validation loss is {format_number(final['loss'])} nats per token"
-            if "bits_per_character" in final:
-                words += f" ({format_number(final['bits_per_character'])} bits per character)"
-            if len(self.losses) > 1:
-                words += f", from {format_number(first['loss'])} at step {first['step']:,}"
-            sentences.append(words + ".")
+        sentences += self._validated()
         accuracy = self._accuracy()
         if accuracy:
             sentences.append(accuracy[2])
         return " ".join(sentences)
+
+    def _validated(self) -> list[str]:
+        """What the looks at held-out text found: figures of one set of text beside each other."""
+        if not self.losses:
+            return []
+        sets, final = by_set(self.losses), self.losses[-1]
+        own = sets[final.get("tokens")]
+        words = f"The validation loss is {format_number(final['loss'])} nats per token"
+        if "bits_per_character" in final:
+            words += f" ({format_number(final['bits_per_character'])} bits per character)"
+        if len(sets) > 1:
+            words += f" over {final.get('tokens', 0):,} tokens"
+        if len(own) > 1:
+            words += f", from {format_number(own[0]['loss'])} at step {own[0]['step']:,}"
+        sentences = [words + "."]
+        for tokens, looks in sets.items():
+            if looks is not own and len(looks) > 1:
+                first, last = looks[0], looks[-1]
+                sentences.append(
+                    f"Over {tokens or 0:,} tokens, which is another figure, it went from "
+                    f"{format_number(first['loss'])} at step {first['step']:,} to "
+                    f"{format_number(last['loss'])} at step {last['step']:,}."
+                )
+        return sentences
 
     def _progress(self) -> str:
         step, steps = self.status.get("step", 0), self.status.get("steps", 0)

@@ -11,7 +11,8 @@ optional and may be new. `stage` is the name of the stage of the recipe.
                 matmul peak), max_violation (one MaxVio per MoE layer), expert_load (per MoE
                 layer a list per expert, 1.0 being its even share), seconds (of training), stage;
                 of several processes communication_bytes (what all of them sent in the step) and
-                communication_bytes_modelled (what the shapes foretell).
+                communication_bytes_modelled (what the shapes foretell); minutes (that the stage
+                may take, until it is planned how many steps these are).
                 The loss of a step of reinforcement is that of its policy, in no unit.
     rollout     reward (mean), pass_at_1, pass_at_k (0..1), k (answers a problem), entropy
                 (nats/token), length, length_right, length_wrong (mean tokens of a response),

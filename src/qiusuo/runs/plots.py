@@ -7,21 +7,24 @@ the fonts that ship with matplotlib have no Chinese.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 
 import numpy as np
 
 from qiusuo.runs.rollout_plots import REINFORCEMENT, SHOWN, draw_rollouts
 from qiusuo.runs.series import (
+    Array,
     Records,
     Stages,
     broken_at,
+    by_set,
     expert_loads,
     is_number,
     mean_load,
     of_kind,
     series,
-    smooth,
+    smooth_apart,
     stage_starts,
     table,
     thin,
@@ -41,9 +44,10 @@ from qiusuo.runs.style import (
     new_figure,
     number_axis,
 )
+from qiusuo.runs.words import format_number
 
 _OWN_PANEL = {"step", "loss", "mtp_loss", "lr", "grad_norm", "tokens", "seconds"}
-_OWN_PANEL |= {"tokens_per_second", "flops_per_second", "peak_share"}
+_OWN_PANEL |= {"tokens_per_second", "flops_per_second", "peak_share", "minutes"}
 _PERCENT = {"peak_share"}
 
 
@@ -101,34 +105,46 @@ def draw_pictures(records: Records) -> list[Picture]:
 def draw_loss(steps: Records, validations: Records, stages: Stages) -> Picture | None:
     """Training loss raw and smoothed, the MTP loss, and validation; nats per token."""
     x, loss = series(steps, "loss")
-    vx, validation = series(validations, "loss")
-    mx, mtp = series(steps, "mtp_loss")
-    if not len(x) and not len(vx):
+    looks = by_set(validations)
+    if not len(x) and not looks:
         return None
+    places = [step for step, _ in stages]
     figure = new_figure(9.4, 4.0)
     axes = figure.subplots()
-    shown = [validation]
-    if len(mx):
-        axes.plot(*thin(mx, mtp), color=TEAL, alpha=0.16, linewidth=0.6)
-        axes.plot(
-            *thin(mx, smooth(mtp)), color=TEAL, linestyle=(0, (5, 1.5)), label="MTP, smoothed"
-        )
-        shown.append(smooth(mtp))
-    if len(x):
-        axes.plot(*thin(x, loss), color=BLUE, alpha=0.22, linewidth=0.6)
-        axes.plot(*thin(x, smooth(loss)), color=BLUE, label="training, smoothed")
-        shown.append(smooth(loss))
-    if len(vx):
-        style = {"marker": "o", "markersize": 4.2, "markeredgecolor": "white", "linewidth": 0.8}
-        axes.plot(vx, validation, color=ORANGE, label="validation", **style)
+    shown = []
+    dashed = {"linestyle": (0, (5, 1.5))}
+    for key, label, colour, style in (
+        ("mtp_loss", "MTP", TEAL, dashed),
+        ("loss", "training", BLUE, {}),
+    ):
+        at, values = series(steps, key)
+        if not len(at):
+            continue
+        smoothed = smooth_apart(at, values, places)
+        faint = {"color": colour, "alpha": 0.2, "linewidth": 0.6}
+        axes.plot(*broken_at(*thin(at, values), places), **faint)
+        strong = broken_at(*thin(at, smoothed), places)
+        axes.plot(*strong, color=colour, label=f"{label}, smoothed", **style)
+        shown.append(smoothed)
+    for (tokens, records), marker in zip(looks.items(), itertools.cycle("oDs^"), strict=False):
+        at, values = series(records, "loss")
+        label = "validation" if len(looks) == 1 else f"validation, {tokens or 0:,} tokens"
+        dots = {"marker": marker, "markersize": 4.2, "markeredgecolor": "white", "linewidth": 0.8}
+        axes.plot(at, values, color=ORANGE, label=label, **dots)
+        shown.append(values)
     limit(axes, np.concatenate(shown), share=1.0)
     mark_stages(axes, stages)
     axes.set_xlabel("step")
     number_axis(axes.xaxis)
     axes.set_ylabel("loss, nats per token")
     # Above the axes and to the left: on a narrow screen the picture scrolls, and the key shows.
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderaxespad=0.2)
     caption = "Cross-entropy in nats per token. Faint: every step; strong: smoothed."
+    if len(looks) > 1:
+        caption += (
+            " On the way a part of the held-out text is looked at, at a stage's end all of it: "
+            "figures of the two cannot be compared."
+        )
     broken = int((~np.isfinite(loss)).sum())
     if broken:
         caption += f" The loss was not finite in {broken:,} of {len(loss):,} logged steps."
@@ -148,10 +164,15 @@ def draw_panels(
     With two columns the picture is a wide one, and panels stand side by side. Where the records
     are of several stages, the top panels name them and no line joins two.
     """
-    present = {key: label for key, label in labels.items() if len(series(records, key)[0])}
+    known = {key: series(records, key)[1] for key in labels}
+    flat = {key: values[0] for key, values in known.items() if len(values) and _flat(values)}
+    present = {key: labels[key] for key, values in known.items() if len(values) and key not in flat}
     stages = stage_starts(records)
     if not present:
         return None
+    if flat:
+        told = ", ".join(f"{labels[key]} {format_number(value)}" for key, value in flat.items())
+        caption += f" The same in every step that has it: {told}."
     columns = min(columns, len(present))
     rows = -(-len(present) // columns)
     figure = new_figure(5.2 if columns == 1 else 9.4, 0.6 + 1.35 * rows)
@@ -163,10 +184,11 @@ def draw_panels(
         x, values = series(records, key)
         if key in _PERCENT:
             values = values * 100
-        if key != "lr":
-            axes.plot(*thin(x, values), color=BLUE, alpha=0.22, linewidth=0.6)
         places = [step for step, _ in stages]
-        shown = values if key == "lr" else smooth(values)
+        if key != "lr":
+            faint = {"color": BLUE, "alpha": 0.22, "linewidth": 0.6}
+            axes.plot(*broken_at(*thin(x, values), places), **faint)
+        shown = values if key == "lr" else smooth_apart(x, values, places)
         axes.plot(*broken_at(*thin(x, shown), places), color=BLUE)
         limit(axes, values, from_zero=key in _OWN_PANEL | _PERCENT)
         mark_stages(axes, stages, named=axes in panels[:columns])
@@ -190,18 +212,19 @@ def draw_violation(steps: Records) -> Picture | None:
     axes = figure.subplots()
     layers = rows.shape[1]
     colours = layer_colours(layers)
-    smoothed = np.stack([smooth(row) for row in rows.T])
+    places = [step for step, _ in stages]
+    smoothed = np.stack([smooth_apart(x, row, places) for row in rows.T])
     for layer, row in enumerate(smoothed):
-        axes.plot(
-            *thin(x, row), color=colours[layer], linewidth=1.2, label=f"MoE layer {layer + 1}"
-        )
+        line = broken_at(*thin(x, row), places)
+        axes.plot(*line, color=colours[layer], linewidth=1.2, label=f"MoE layer {layer + 1}")
     limit(axes, smoothed.ravel(), from_zero=True)
     axes.set_xlabel("step")
     number_axis(axes.xaxis)
     axes.set_ylabel("MaxVio")
     mark_stages(axes, stages)
     if layers <= 6:
-        axes.legend(loc="upper right", frameon=False, ncols=1 + (layers > 3))
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+        axes.legend(ncols=3, frameon=False, **place)
     else:
         layer_scale(figure, axes, layers)
     caption = (
@@ -244,6 +267,12 @@ def draw_load_over_time(steps: Records) -> Picture | None:
         "stay busy or idle; an even tint means the router's bias keeps the balance."
     )
     return finish(figure, "load-over-time", "Load of one layer over time", caption, pixels=True)
+
+
+def _flat(values: Array) -> bool:
+    """Whether a curve would show nothing: one value, or the same again and again (to a part in a
+    thousand)."""
+    return len(values) < 2 or bool(np.ptp(values) <= 1e-3 * abs(values[0]))
 
 
 def _other_keys(records: Records, shown: Collection[str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""What the terminal knows about a training: the latest numbers, smoothed, and the time left."""
+"""What the terminal knows about a training: the latest numbers, as the log has them, and the time
+left of the stage."""
 
 from __future__ import annotations
 
@@ -12,16 +13,15 @@ from qiusuo.runs.words import format_duration, format_large, format_number
 
 _MOST_HISTORY = 512
 _MOST_TASKS = 4  # named of a look at problems
-_KEEP = 0.95  # of the smoothed loss, a step
 _KNOWN = {"step", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens", "seconds"}
 _KNOWN |= {"tokens_per_second", "flops_per_second", "peak_share"}
-_KNOWN |= {"communication_bytes", "communication_bytes_modelled"}
+_KNOWN |= {"communication_bytes", "communication_bytes_modelled", "minutes"}
 
 
 class Progress:
     """Takes in log records and answers in words; knows nothing of terminals.
 
-    `history` is of the smoothed loss, or of the reward while a stage of reinforcement trains:
+    `history` is of the loss, or of the reward while a stage of reinforcement trains:
     there `rollout` is the latest rollout record, and the loss (of the policy) says little.
     """
 
@@ -61,10 +61,10 @@ class Progress:
         if self.rollout:
             self.loss = None
         elif is_number(record.get("loss")):
-            self.loss = _follow(self.loss, float(record["loss"]))
+            self.loss = float(record["loss"])
             self._remember(self.loss)
         if is_number(record.get("mtp_loss")):
-            self.mtp_loss = _follow(self.mtp_loss, float(record["mtp_loss"]))
+            self.mtp_loss = float(record["mtp_loss"])
         if record.get("max_violation"):
             self._violation = max(record["max_violation"])
         fresh = {k: v for k, v in record.items() if is_number(v) and k not in _KNOWN}
@@ -100,12 +100,16 @@ class Progress:
         return now - self._began
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds to the last step at the pace so far; None before there is a pace."""
+        """Seconds to the last step at the pace so far, or to the end of the minutes that the stage
+        has, where these are not steps yet; None before there is a pace."""
         done = self.step - self._start_step
         if done < 2 or self._stepped <= self._began:
             return None
-        pace = (self._stepped - self._began) / done
-        return max((self.total - self.step) * pace - (now - self._stepped), 0.0)
+        spent = self._stepped - self._began
+        left = (self.total - self.step) * spent / done
+        if is_number(self._record.get("minutes")):
+            left = min(left, 60 * self._record["minutes"] - spent)
+        return max(left - (now - self._stepped), 0.0)
 
     def rollout_words(self) -> str:
         """The latest rollouts but for their reward: pass@1 and pass@k, length, entropy."""
@@ -137,6 +141,8 @@ class Progress:
             parts.append(f"{self.validation['bits_per_character']:.4f} bits/char.")
         if is_number(self.validation.get("loss")):
             parts.append(f"loss {self.validation['loss']:.4f}")
+        if is_number(self.validation.get("tokens")):
+            parts.append(f"over {self.validation['tokens']:,} tokens")
         if self.validation.get("step", self.step) != self.step:
             parts.append(f"at step {self.validation['step']:,}")
         return "  ".join(parts)
@@ -169,6 +175,14 @@ class Progress:
             parts.append(f"gradient norm {format_number(r['grad_norm'], 3)}")
         return "  ".join(parts)
 
+    def plan(self) -> str:
+        """The steps to take: how many, or which ones where others were before."""
+        if not self._start_step:
+            return f"{self.total:,} steps"
+        if self._start_step >= self.total:
+            return f"all {self.total:,} steps are done"
+        return f"steps {self._start_step + 1:,} to {self.total:,}"
+
     def place(self) -> str:
         """The step of how many."""
         return f"step {self.step:,}/{self.total:,}"
@@ -190,12 +204,5 @@ class Progress:
             parts.append(f"MaxVio {self._violation:.2f}")
         left = self.seconds_left(now)
         if left is not None and self.step < self.total:
-            parts.append(f"{format_duration(left)} left")
+            parts.append(f"{format_duration(left)} left of this stage")
         return "  ".join(parts)
-
-
-def _follow(mean: float | None, value: float) -> float:
-    """The running mean; a value that is not finite shows at once and does not stick."""
-    if mean is None or not math.isfinite(value) or not math.isfinite(mean):
-        return value
-    return _KEEP * mean + (1 - _KEEP) * value

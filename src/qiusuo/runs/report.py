@@ -175,6 +175,7 @@ def _validations(facts: RunFacts) -> tuple[list[dict[str, Any]], int]:
             "step": f"{record['step']:,}",
             "loss": _fixed(record.get("loss"), 4),
             "bits": _fixed(record.get("bits_per_character"), 4),
+            "tokens": f"{record['tokens']:,}" if "tokens" in record else "–",
             "time": format_duration(record["seconds"]) if "seconds" in record else "–",
             "best": record is best,
         }

@@ -21,7 +21,7 @@ from qiusuo.runs.series import (
     broken_at,
     is_number,
     series,
-    smooth,
+    smooth_apart,
     spread,
     thin,
 )
@@ -41,6 +41,7 @@ from qiusuo.runs.style import (
 
 REINFORCEMENT = "rl-"  # every picture's name begins with it
 _MOST_TASKS = 12  # lines that can be told apart
+_NAMED = {"accuracy", "tasks"}  # pictures whose one line may be any task's
 Lines = dict[str, tuple[Array, Array, str]]  # label: steps, values, colour
 
 
@@ -210,7 +211,7 @@ def _plot(axes: Any, lines: Lines, stages: Stages, *, faint: bool) -> None:
     places = [step for step, _ in stages]
     shown = []
     for label, (x, values, colour) in lines.items():
-        smoothed = smooth(values)
+        smoothed = smooth_apart(x, values, places)
         if faint:
             axes.plot(*broken_at(*thin(x, values), places), color=colour, alpha=0.2, linewidth=0.6)
         # Often the reward is pass@1: both are to be seen.
@@ -229,7 +230,7 @@ def _finish(
     number_axis(axes.xaxis)
     axes.set_ylabel(unit)
     columns = 6 if figure.get_figwidth() > 6 else 3
-    if len(axes.get_legend_handles_labels()[0]) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1 or name in _NAMED:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
         axes.legend(ncols=columns, frameon=False, **place)
     return finish(figure, REINFORCEMENT + name, title, caption)

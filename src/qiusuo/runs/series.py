@@ -45,9 +45,32 @@ def stage_starts(records: Records) -> list[tuple[int, str]]:
 
 def broken_at(steps: Array, values: Array, places: Sequence[float]) -> tuple[Array, Array]:
     """The curve with a gap (NaN) before each of `places`: no line joins two stages."""
-    cuts = [int(i) for i in np.searchsorted(steps, np.array(places)) if 0 < i < len(steps)]
+    cuts = _cuts(steps, places)
     gaps = np.full(len(cuts), np.nan)
     return np.insert(steps, cuts, steps[cuts] if cuts else gaps), np.insert(values, cuts, gaps)
+
+
+def _cuts(steps: Array, places: Sequence[float]) -> list[int]:
+    """The points before which the curve is cut: those that another stage's beginning divides from
+    the point before."""
+    found = {int(i) for i in np.searchsorted(steps, np.array(places))}
+    return sorted(i for i in found if 0 < i < len(steps))
+
+
+def smooth_apart(steps: Array, values: Array, places: Sequence[float]) -> Array:
+    """`smooth`, each stage by itself: the mean of one must not foretell the next."""
+    parts = np.split(values, _cuts(steps, places))
+    return np.concatenate([smooth(part) for part in parts]) if len(values) else values
+
+
+def by_set(validations: Records) -> dict[int | None, list[dict[str, Any]]]:
+    """The looks at text, by how many tokens they were over: on the way it is a part of the held-out
+    text and at a stage's end all of it, and a figure of one cannot be held against the other's."""
+    sets: dict[int | None, list[dict[str, Any]]] = {}
+    for record in validations:
+        if is_number(record.get("loss")):
+            sets.setdefault(record.get("tokens"), []).append(record)
+    return sets
 
 
 def series(records: Records, key: str) -> tuple[Array, Array]:

@@ -22,6 +22,8 @@ from qiusuo.runs.series import Array
 
 BLUE, ORANGE, TEAL, GREY = "#1f4e79", "#d9730d", "#3b9c8f", "#6b7280"
 INK, FAINT = "#24292f", "#d9dde3"
+_LABEL_SIZE = 7.5  # points
+_POINTS = 0.72  # of a point in a pixel of matplotlib's, which has 100 to the inch
 _LARGEST_SVG = 200_000  # bytes; beyond, a picture of pixels is smaller and quicker to show
 
 
@@ -103,32 +105,53 @@ def limit(axes: Any, values: Array, *, from_zero: bool = False, share: float = 0
 
 def mark_stages(axes: Any, starts: Sequence[tuple[int, str]], *, named: bool = True) -> None:
     """A thin line with a name where a stage of the recipe begins, and the name of the stage in
-    which the axes begin, if there is room for it."""
+    which the axes begin, if there is room for it. Names that would lie on one another stand one
+    below another."""
     low, high = axes.get_xlim()
     room = (high - low) / 12
+    character = (high - low) * _LABEL_SIZE * 0.62 / (axes.get_window_extent().width * _POINTS)
     ends = [*(step for step, _ in starts[1:]), high][: len(starts)]
+    rows: list[float] = []  # where the last name of each row ends
     for (step, name), end in zip(starts, ends, strict=True):
         if step >= high or end - max(step, low) < (0 if step > low else room):
             continue
         if step > low:
             axes.axvline(step, color=GREY, linewidth=0.6, linestyle=(0, (2, 2)))
-        if named:
-            place = axes.get_xaxis_transform()
-            axes.text(max(step, low), 0.95, f" {name}", transform=place, fontsize=7.5, color=GREY)
+        if not named:
+            continue
+        width, at = character * (len(name) + 2), max(step, low)
+        left = at if at + width <= high else at - width
+        row = next((i for i, last in enumerate(rows) if last <= left), len(rows))
+        rows[row : row + 1] = [left + width]
+        label = axes.text(
+            at,
+            1 - (_LABEL_SIZE * 1.4 * (row + 1)) / (axes.get_window_extent().height * _POINTS),
+            f" {name} ",
+            transform=axes.get_xaxis_transform(),
+            fontsize=_LABEL_SIZE,
+            color=GREY,
+            ha="left" if left == at else "right",
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.2},
+        )
+        label.set_in_layout(False)
     axes.set_xlim(low, high)
 
 
 def number_axis(axis: Any) -> None:
-    """Short tick labels: 12,000 as 12k, 0.0003 as 3 with ×10⁻⁴ at the end of the axis."""
+    """Short tick labels: 12,000 as 12k, 0.0003 as 3 with ×10⁻⁴ at the end of the axis. Steps, along
+    x, are whole."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
     low, high = axis.get_view_interval()
-    size = max(abs(low), abs(high))
-    axis.set_major_locator(MaxNLocator(8 if axis.axis_name == "x" else 5, steps=[1, 2, 2.5, 5, 10]))
-    if size >= 1e4:
+    size, steps = max(abs(low), abs(high)), axis.axis_name == "x"
+    nice = {"steps": [1, 2, 2.5, 5, 10], "integer": steps, "min_n_ticks": 1 if steps else 2}
+    axis.set_major_locator(MaxNLocator(8 if steps else 5, **nice))
+    if size >= 1e4 and not (steps and high - low < 1e4):
         letter, scale = ("M", 1e6) if size >= 4e6 else ("k", 1e3)
         text = FuncFormatter(lambda v, _: f"{v / scale:g}{letter}" if v else "0")
         axis.set_major_formatter(text)
+    elif steps:
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     elif size < 1e-2:
         axis.set_major_formatter(ScalarFormatter(useMathText=True))
         axis.get_major_formatter().set_powerlimits((-2, 4))

@@ -16,6 +16,7 @@ import torch
 
 from qiusuo.model.config import ModelConfig
 from qiusuo.model.cost import Cost, available_memory, measure
+from qiusuo.runs.words import format_large, format_number
 from qiusuo.training.hardware import matmul_peak
 from qiusuo.training.layout import Layout, Memory, PlanError, Traffic, memory, state_bytes, traffic
 
@@ -138,8 +139,9 @@ def implied_share(
     share = whole.device_hours / hours
     if share > 1:
         raise PlanError(
-            f"--hours {hours:,.0f} are too few: {device.name} needs {whole.device_hours:,.0f} for "
-            f"{tokens:.3g} tokens at its bf16 peak"
+            f"--hours {hours:g} are too few: {device.name} needs "
+            f"{format_number(whole.device_hours)} for {format_large(tokens)} tokens at its "
+            "bf16 peak"
         )
     return share
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +28,8 @@ from qiusuo.training.sections import (
     TokenizerSection,
 )
 from qiusuo.training.stages import STAGES, Stage, stage_named
+
+Place = tuple[str | int, ...]  # of a key in a recipe: ("stages", 0, "steps")
 
 
 class RecipeError(ValueError):
@@ -96,9 +99,14 @@ class Recipe(Section):
                 raise ConfigError(f"stage {stage.name}: {error}") from error
             length = getattr(stage, "sequence_length", 0)
             if length > context:
+                remedy = "extend can make it longer"
+                if getattr(stage, "extend", None) is not None:
+                    remedy = (
+                        "so far its extend takes it: raise the factor, or shorten the sequences"
+                    )
                 raise ConfigError(
                     f"stage {stage.name}: sequence_length {length} is over the model's "
-                    f"max_position_embeddings {context}; extend can make it longer"
+                    f"max_position_embeddings {context}; {remedy}"
                 )
 
     def config_of(self, stage: str, config: ModelConfig) -> ModelConfig:
@@ -176,26 +184,63 @@ def read_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides or []:
-        _override(table, override)
-    return parse_recipe(table, where=str(path))
+    typed = dict(_override(table, override) for override in overrides or [])
+    return parse_recipe(table, where=str(path), typed=typed)
 
 
-def parse_recipe(table: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check a recipe given as nested dicts, e.g. the resolved one of a run folder."""
+def parse_recipe(
+    table: dict[str, Any],
+    where: str = "recipe",
+    typed: Mapping[Place, str] | None = None,
+) -> Recipe:
+    """Check a recipe given as nested dicts, e.g. the resolved one of a run folder. ``typed``: keys
+    of it that came by --set, by their places, as they were typed: what is wrong there is no fault
+    of ``where``."""
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        lines = [_explain(table, dict(detail)) for detail in error.errors()]
-        raise RecipeError("\n".join([f"{where}:", *(f"  {line}" for line in lines)])) from error
+        by_set: list[str] = []
+        by_file: list[str] = []
+        places = [_place_of(dict(detail)) for detail in error.errors()]
+        for detail, location in zip(error.errors(), places, strict=True):
+            size = len(location)
+            inner = any(len(place) > size and place[:size] == location for place in places)
+            if detail["type"] == "too_short" and inner:
+                continue  # there are entries; the one that is wrong is told of
+            key, was_typed = _as_typed(location, typed or {})
+            line = _explain(table, dict(detail), key)
+            (by_set if was_typed else by_file).append(line)
+        if by_file:
+            given = ", ".join((typed or {}).values())
+            by_file = [f"{where}{f' with --set {given}' if given else ''}:"] + [
+                f"  {line}" for line in by_file
+            ]
+        raise RecipeError("\n".join([*(f"--set {line}" for line in by_set), *by_file])) from error
 
 
-def _explain(table: Any, detail: dict[str, Any]) -> str:
+def _as_typed(location: Place, typed: Mapping[Place, str]) -> tuple[str, bool]:
+    """A place of the recipe in words, with the names of a --set that goes there or through it; and
+    whether what stands there came by it."""
+    for place, key in typed.items():
+        if location[: len(place)] == place:
+            return ".".join([key, *(str(part) for part in location[len(place) :])]), True
+    for place, key in typed.items():
+        if location and place[: len(location)] == location:
+            return ".".join(key.split(".")[: len(location)]), False
+    return ".".join(str(part) for part in location), False
+
+
+def _place_of(detail: dict[str, Any]) -> Place:
     location = _without_tags(detail["loc"])
-    key = ".".join(str(part) for part in location)
+    return (*location, "kind") if detail["type"] == "union_tag_invalid" else location
+
+
+def _explain(table: Any, detail: dict[str, Any], key: str) -> str:
+    """What is wrong with a value, which stands at ``key`` for people."""
+    location = _without_tags(detail["loc"])
     if detail["type"] == "union_tag_invalid":
         kind = detail["ctx"]["tag"]
-        return f"{key}.kind: {kind!r} is none of {', '.join(STAGES)}{_nearest(kind, list(STAGES))}"
+        return f"{key}: {kind!r} is none of {', '.join(STAGES)}{_nearest(kind, list(STAGES))}"
     if detail["type"] != "extra_forbidden":
         given = detail.get("input")
         shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
@@ -243,7 +288,8 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def _override(table: dict[str, Any], override: str) -> tuple[Place, str]:
+    """Set what "a.b=c" says; the place of the key in the table, and the key as it was typed."""
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"--set {override}: expected KEY=VALUE, e.g. stages.pretrain.steps=100")
@@ -253,11 +299,15 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = text
     *path, last = key.strip().split(".")
     place: Any = table
+    location: list[str | int] = []
     for part in path:
-        place = _descend(place, part, key)
+        inner = _descend(place, part, key)
+        location.append(part if isinstance(place, dict) else place.index(inner))
+        place = inner
     if not isinstance(place, dict):
         raise RecipeError(f"--set {key}: {path[-1]!r} is not a section")
     place[last] = value
+    return (*location, last), key.strip()
 
 
 def _descend(place: Any, part: str, key: str) -> Any:

@@ -165,6 +165,8 @@ class Learning(ABC):
             "tokens_per_second": result.tokens / seconds,
             **result.more,
         }
+        if self.stage.minutes is not None and state.step <= PACE_STEPS:
+            entry["minutes"] = self.stage.minutes  # the steps are still to be planned
         if result.flops is not None:
             entry["flops_per_second"] = result.flops / seconds
             entry["peak_share"] = result.flops / seconds / self.peak

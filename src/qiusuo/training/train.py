@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qiusuo.data.deduplicate import require_datasketch
 from qiusuo.engine.loading import device_fault
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import RunFolder
@@ -26,13 +27,14 @@ from qiusuo.training.parallel.world import ALONE, World, tells_of_a_death
 from qiusuo.training.recipe import Recipe, RecipeError, parse_recipe
 from qiusuo.training.rl.reinforce import resolved
 from qiusuo.training.scene import TrainingError
-from qiusuo.training.stages import RlStage, Stage
+from qiusuo.training.stages import PretrainStage, RlStage, Stage
 from qiusuo.version import __version__
 
 
 def start_run(recipe: Recipe, path: Path) -> RunFolder:
-    """A new run folder that holds the recipe as resolved. One that never took a step, because its
-    recipe or its data could not work, gives way."""
+    """A new run folder that holds the recipe as resolved, unless its work could not begin: then
+    there is none. One that never took a step, because its data could not work, gives way."""
+    _check(recipe)
     if _never_began(path):
         RunFolder.open(path).close()  # refuses where another process is just beginning
         shutil.rmtree(path)
@@ -105,6 +107,8 @@ def _check(recipe: Recipe) -> None:
     """Refuse now what a later stage's work could not begin with: RecipeError, TaskError or
     DataError."""
     for stage in recipe.stages:
+        if isinstance(stage, PretrainStage) and stage.data.deduplicate == "near":
+            require_datasketch()
         for entry in stage_tasks(stage):
             check_task(entry)
         if isinstance(stage, RlStage):

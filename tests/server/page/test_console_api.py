@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ import qiusuo
 from qiusuo.data.tokenizer import Tokenizer
 from qiusuo.engine.limits import Limits
 from qiusuo.runs.folder import RunFolder
+from qiusuo.runs.rollouts import RolloutLog
 from qiusuo.server.ledger import Used
+from qiusuo.server.page.models import ANY_CHAT, examples
 from qiusuo.server.prices import Price
 from qiusuo.server.registry import Registry
 from tests.model.shapes import tiny_model
@@ -207,6 +210,27 @@ def test_usage_as_json_and_csv(page: Served) -> None:
 
 
 # -- models and engines -------------------------------------------------------------------------
+
+
+def test_a_run_is_asked_what_it_was_taught_and_no_small_talk(tmp_path: Path) -> None:
+    def shown(name: str, **recipe: Any) -> list[str]:
+        source = str(tmp_path / name / "model")
+        RunFolder.create(
+            tmp_path / name, {"name": name, "stages": [{"kind": "rl"}], **recipe}
+        ).close()
+        (tmp_path / name / "model").mkdir()
+        with RolloutLog(tmp_path / name / "rollouts.jsonl") as log:
+            for step, prompt, right in solved:
+                told = {"task": "parity", "prompt": prompt, "response": "0", "right": right}
+                log.append({"step": step, "stage": "rl", "reward": float(right), **told})
+        return examples(SimpleNamespace(name=name, kind="chat", source=source))
+
+    solved = [(1, "00=", True), (2, "0101=", True), (2, "10=", False), (2, "0101=", True)]
+    solved.append((2, "11=", True))
+    assert shown("solver") == ["0101=", "11="]
+    solved = []
+    assert shown("silent") == []
+    assert shown("tuned", base="smollm2") == list(ANY_CHAT)  # which conversed before
 
 
 def test_models_with_their_prices_and_examples(

@@ -431,6 +431,40 @@ def test_a_phone_in_chinese(place, visit, path):
     assert too_wide(page) == []
 
 
+def test_figures_say_of_which_stage_and_of_how_much_text_they_are(place, visit, path):
+    look = {"kind": "validation", "stage": "pretrain"}
+    records = [
+        *(step(number, stage="pretrain", minutes=6.0) for number in range(1, 7)),
+        {**look, "step": 3, "loss": 4.5, "bits_per_character": 4.25},
+        {**look, "step": 6, "loss": 4.25, "bits_per_character": 4.75, "when": "after"},
+        {"kind": "rollout", "step": 2154, "stage": "rl", "reward": 0.5},
+        {"kind": "rollout", "step": 2155, "stage": "rl", "reward": 0.75},
+        step(2156, stage="distil"),
+    ]
+    with begun(path) as run, run.open_log() as log:
+        for record in records:
+            log.append(record)
+        page = visit(f"{place.address}/studio/{path.name}")
+        shown = page.locator(".st-figures")
+        shown.get_by_text("0.7500").wait_for()
+        told = shown.inner_text().split("\n")
+        assert told[: told.index("0.7500") + 1] == ["Reward", "rl", "0.7500"]
+        whole = told.index("Validation, all of it")
+        assert told[whole + 1 : whole + 3] == ["pretrain", "4.250"]
+        says(page, "Loss", "4.500", "validation")
+        says(page, "Loss", "4.250", "all validation text")
+        assert page.locator(".st-chart", has_text="minutes").count() == 0
+
+
+def test_until_there_is_a_model_the_chat_names_what_is_training(place, visit, path):
+    page = visit(place.address)
+    page.get_by_role("heading", name="No model is loaded yet.").wait_for()
+    with begun(path) as run:
+        run.set_status("running", stage="rl", step=7, steps=60)
+        page.get_by_role("heading", name=f"{path.name} is still training.").wait_for()
+        page.get_by_text("Stage rl, step 7 of 60").wait_for()
+
+
 def test_what_is_not_there_is_said(place, visit):
     page = visit(f"{place.address}/studio/nowhere")
     page.get_by_role("alert").get_by_text("There is no run “nowhere”.").wait_for()

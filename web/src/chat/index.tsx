@@ -4,11 +4,15 @@ import "katex/dist/katex.min.css";
 import "./chat.css";
 import "./markdown.css";
 import { shellWords } from "../i18n/shell";
+import { number } from "../i18n";
+import { get } from "../shell/api";
 import { handover } from "../shell/handover";
 import { address, go } from "../shell/router";
 import { models, refresh, unreached } from "../shell/server";
 import { Icon, Mark } from "../shell/icons";
 import { Dialog, IconButton, Spinner, Trouble } from "../shell/ui";
+import type { Run } from "../studio/live";
+import { roughly } from "../studio/numbers";
 import { Composer } from "./composer";
 import { Answer, copyText, editing, Question, Result } from "./message";
 import { ModelPicker } from "./models";
@@ -175,10 +179,17 @@ function Spoken({ thread }: { thread: Thread }) {
 function Empty(props: { thread: Thread; isText: boolean; onExample: (text: string) => void }) {
   const { thread, isText, onExample } = props;
   const model = thread.model.value;
+  const [training, setTraining] = useState<Run | null>(null);
   // The page is up before the models are: they appear by themselves.
   useEffect(() => {
     if (model) return;
-    const clock = setInterval(() => void refresh(), 2000);
+    const look = async () => {
+      void refresh();
+      const runs = await get<Run[]>("api/runs").catch(() => []); // not for every key
+      setTraining(runs.find((run) => run.state === "running") ?? null);
+    };
+    void look();
+    const clock = setInterval(() => void look(), 2000);
     return () => clearInterval(clock);
   }, [model === null]);
   if (!model) {
@@ -187,9 +198,9 @@ function Empty(props: { thread: Thread; isText: boolean; onExample: (text: strin
     return (
       <div class="greeting">
         <Mark size={52} />
-        <h1>{t("noModels")}</h1>
-        <p class="soft">{t("noModelsText")}</p>
-        <a class="button primary" href={address("studio")}>
+        <h1>{training ? t("training", { run: training.id }) : t("noModels")}</h1>
+        <p class="soft">{training ? trainingText(training) : t("noModelsText")}</p>
+        <a class="button primary" href={training ? address("studio", training.id) : address("studio")}>
           {t("toStudio")}
         </a>
       </div>
@@ -209,6 +220,11 @@ function Empty(props: { thread: Thread; isText: boolean; onExample: (text: strin
       </div>
     </div>
   );
+}
+
+function trainingText(run: Run): string {
+  const left = run.eta_seconds == null ? "" : t("trainingLeft", { time: roughly(run.eta_seconds) });
+  return t("trainingText", { stage: run.stage, step: number(run.step), steps: number(run.steps), left });
 }
 
 function Help({ onClose }: { onClose: () => void }) {

@@ -29,6 +29,9 @@ const en = {
   greetingNoteText: "{model} goes on with an opening. It has learnt to continue text, not to answer.",
   noModels: "No model is loaded yet.",
   noModelsText: "One that is being loaded appears here by itself. Or train one in the Studio, or start the server with one: qiusuo serve MODEL.",
+  training: "{run} is still training.",
+  trainingText: "Stage {stage}, step {step} of {steps}{left}. It appears here when all its stages are done.",
+  trainingLeft: ", about {time} left of this stage",
   toStudio: "Open the Studio",
 
   placeholder: "Ask {model}",
@@ -152,6 +155,9 @@ const zh: typeof en = {
   greetingNoteText: "{model} 会接着你的开头写下去。它学的是续写，而不是问答。",
   noModels: "还没有载入模型。",
   noModelsText: "正在载入的模型会自动出现。也可在工作室训练一个，或启动服务时指定：qiusuo serve MODEL。",
+  training: "{run} 还在训练。",
+  trainingText: "阶段 {stage}，第 {step} 步，共 {steps} 步{left}。所有阶段完成后，它会出现在这里。",
+  trainingLeft: "，本阶段大约还需 {time}",
   toStudio: "打开工作室",
 
   placeholder: "给 {model} 发消息",

@@ -3,7 +3,7 @@
 import uPlot from "uplot";
 import { number } from "../i18n";
 import type { ChartView, Line } from "./chart";
-import { clockTick, figure, tick, ticks } from "./numbers";
+import { clockTick, figure, stepTick, ticks } from "./numbers";
 import type { Column } from "./records";
 import { smooth } from "./smoothing";
 
@@ -76,7 +76,7 @@ export class Drawing {
           : { range: (_, low, high) => padded(low, high) },
       },
       axes: [
-        { ...axis, size: 26, gap: 4, space: 64, incrs: seconds ? CLOCK : WHOLE, values: (_, splits) => splits.map((split) => (seconds ? clockTick(split) : tick(split))) },
+        { ...axis, size: 26, gap: 4, space: 64, incrs: seconds ? CLOCK : WHOLE, values: (_, splits) => splits.map((split) => (seconds ? clockTick(split) : stepTick(split))) },
         {
           ...axis,
           ...(view.log ? { splits: (_u, _axis, low, high) => logSplits(low, high), filter: (_u, splits) => splits } : {}),

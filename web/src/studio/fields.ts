@@ -46,10 +46,10 @@ interface Known {
 /** In reading order. Every entry is one panel; `validation:x` is the field x of validations,
  * `rollout:x` that of the steps of reinforcement. */
 const KNOWN: Known[] = [
-  { fields: ["loss", "validation:loss", "mtp_loss", "validation:mtp_loss"], group: "learning", title: "loss", unit: "nats_per_token", hint: "loss_hint" },
-  { fields: ["validation:bits_per_character"], group: "learning", title: "bits_per_character", unit: "bits", hint: "bits_hint" },
+  { fields: ["loss", "validation:loss", "validation:whole_loss", "mtp_loss", "validation:mtp_loss", "validation:whole_mtp_loss"], group: "learning", title: "loss", unit: "nats_per_token", hint: "loss_hint" },
+  { fields: ["validation:bits_per_character", "validation:whole_bits_per_character"], group: "learning", title: "bits_per_character", unit: "bits", hint: "bits_hint" },
   { fields: ["accuracy", "validation:accuracy"], group: "learning", title: "accuracy", unit: "percent", factor: 100 },
-  { fields: ["validation:mtp_agreement"], group: "learning", title: "mtp_agreement", unit: "percent", factor: 100, hint: "mtp_agreement_hint" },
+  { fields: ["validation:mtp_agreement", "validation:whole_mtp_agreement"], group: "learning", title: "mtp_agreement", unit: "percent", factor: 100, hint: "mtp_agreement_hint" },
   { fields: ["distill_loss"], group: "learning", title: "distill_loss", unit: "nats_per_token" },
 
   { fields: ["rollout:reward"], group: "reward", title: "reward", hint: "reward_hint" },
@@ -80,7 +80,7 @@ const KNOWN: Known[] = [
 ];
 
 /** Fields that place a record and are not themselves a curve. */
-const PLACES = new Set(["kind", "step", "stage", "when", "tokens", "seconds", "time", "k"]);
+const PLACES = new Set(["kind", "step", "stage", "when", "tokens", "seconds", "time", "k", "minutes"]);
 /** Of held-out problems: what is about the number of them, not about the model. */
 const ABOUT = /^(accuracy_(low|high)|problems):/;
 /** Of held-out problems: measures that are no shares, with their units. */

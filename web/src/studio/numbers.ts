@@ -35,6 +35,11 @@ export function ticks(values: (number | null)[]): string[] {
   return [];
 }
 
+/** A count at an axis, of steps or of tokens: whole, and with a letter only where it is long. */
+export function stepTick(value: number): string {
+  return Math.abs(value) < 1e5 ? number(Math.round(value)) : tick(value);
+}
+
 /** Seconds at an axis: "40s", "5m", "1h30". */
 export function clockTick(seconds: number): string {
   if (seconds < 60) return `${Number(seconds.toPrecision(3))}s`;

@@ -103,7 +103,7 @@ export class RunRecords {
     if (kind === "rollout") this.policies.add(record.stage);
     const { loss, ...others } = record;
     const ofPolicy = kind === "step" && loss !== undefined && this.policies.has(record.stage);
-    table.add(ofPolicy ? { ...others, policy_loss: loss } : record);
+    table.add(ofPolicy ? { ...others, policy_loss: loss } : kind === "validation" ? bySet(record) : record);
     if (kind === "validation") return;
     if (kind === "step" && isLoad(record.expert_load)) this.loads.push({ step, rows: record.expert_load.map((row) => row.map(finite)) });
     if (typeof record.stage === "string" && this.stages.at(-1)?.[1] !== record.stage) {
@@ -211,6 +211,16 @@ export class RunRecords {
     for (let row = column.length - 1; row >= 0; row--) if (column[row] != null) return column[row]!;
     return null;
   }
+
+  /** The stage that a field's latest value is of; null in a run of one stage. */
+  stageOf(field: string, source: Source = "step"): string | null {
+    if (this.stages.length < 2) return null;
+    const { steps } = this.tables[source];
+    const column = this.tables[source].column(field);
+    let row = column.length - 1;
+    while (row >= 0 && column[row] == null) row--;
+    return row < 0 ? null : (this.stages.findLast(([first]) => first <= steps[row]!)?.[1] ?? null);
+  }
 }
 
 function columnOf(columns: Map<string, Column>, field: string): Column {
@@ -246,6 +256,14 @@ function finite(value: unknown): number | null {
 function withLatest<T>(list: T[], item: T): T[] {
   return [...list.slice(1 - MOST_TEXTS), item];
 }
+
+/** Before and after a stage all of the held-out text is read, on the way a part of it: figures of
+ * the two make no one curve. */
+function bySet(record: LogRecord): LogRecord {
+  if (record.when === undefined) return record;
+  return Object.fromEntries(Object.entries(record).map(([field, value]) => [OF_TEXT.has(field) ? `whole_${field}` : field, value])) as LogRecord;
+}
+const OF_TEXT = new Set(["loss", "bits_per_character", "mtp_loss", "mtp_agreement"]);
 
 function isSource(kind: string): kind is Source {
   return (SOURCES as readonly string[]).includes(kind);

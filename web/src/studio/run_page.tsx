@@ -14,6 +14,7 @@ import { Curves } from "./curves";
 import { flatten, Facts, RecipeTable, Summary } from "./facts";
 import { ExpertHeat } from "./heat";
 import { LiveRun, type RunDetail } from "./live";
+import type { Source } from "./fields";
 import { figure } from "./numbers";
 import { Tabs } from "./parts";
 import type { RunRecords } from "./records";
@@ -201,14 +202,17 @@ function KeyFigures({ records }: { records: RunRecords; version: number }) {
   const reward = records.last("reward", "rollout");
   const percent = (value: number | null) => value === null ? null : `${figure(value * 100)} %`;
   const plain = (value: number | null) => (value === null ? null : figure(value));
-  const all: [StudioWord, string | null][] = [
-    ["figure_reward", plain(reward)],
-    ["figure_pass", percent(records.last("pass_at_1", "rollout"))],
-    ["figure_length", plain(records.last("length", "rollout"))],
-    ["figure_entropy", plain(records.last("entropy", "rollout"))],
-    ["figure_loss", reward === null ? plain(records.lastSmoothed("loss")) : null],
-    ["figure_validation", plain(records.last("loss", "validation"))],
-    ["figure_bits", reward === null ? plain(records.last("bits_per_character", "validation")) : null],
+  const whole = records.last("whole_loss", "validation") !== null;
+  const [loss, bits] = whole ? ["whole_loss", "whole_bits_per_character"] : ["loss", "bits_per_character"];
+  const of = (field: string, source: Source = "step") => records.stageOf(field, source);
+  const all: [StudioWord, string | null, (string | null)?][] = [
+    ["figure_reward", plain(reward), of("reward", "rollout")],
+    ["figure_pass", percent(records.last("pass_at_1", "rollout")), of("pass_at_1", "rollout")],
+    ["figure_length", plain(records.last("length", "rollout")), of("length", "rollout")],
+    ["figure_entropy", plain(records.last("entropy", "rollout")), of("entropy", "rollout")],
+    ["figure_loss", reward === null ? plain(records.lastSmoothed("loss")) : null, of("loss")],
+    [whole ? "figure_whole" : "figure_validation", plain(records.last(loss, "validation")), of(loss, "validation")],
+    ["figure_bits", reward === null ? plain(records.last(bits, "validation")) : null, of(bits, "validation")],
     ["figure_speed", plain(records.lastSmoothed("tokens_per_second"))],
     ["figure_tokens", tokens === null ? null : short(tokens)],
     ["figure_time", seconds === null ? null : duration(seconds)],
@@ -217,9 +221,12 @@ function KeyFigures({ records }: { records: RunRecords; version: number }) {
   if (!known.length) return null;
   return (
     <dl class="st-figures">
-      {known.map(([key, value]) => (
+      {known.map(([key, value, stage]) => (
         <div key={key}>
-          <dt>{t(key)}</dt>
+          <dt>
+            {t(key)}
+            {stage && <small>{stage}</small>}
+          </dt>
           <dd>{value}</dd>
         </div>
       ))}

@@ -14,6 +14,7 @@ from qiusuo.data.errors import DataError
 from qiusuo.data.hub_reference import find_model_folder
 from qiusuo.runs.durable import RunError
 from qiusuo.runs.folder import read_recipe
+from qiusuo.runs.rollouts import read_rollouts, rollout_steps
 from qiusuo.server.api.auth import AdminDep, CallerDep, HouseDep
 from qiusuo.server.api.errors import ApiError
 from qiusuo.server.house import House
@@ -26,6 +27,7 @@ from qiusuo.server.registry import OLD_NAMES, ServedModel, run_of
 from qiusuo.version import __version__
 
 MOST_EXAMPLES = 6
+LONGEST_EXAMPLE = 200  # characters of a problem on a button
 # What a model by this name can do; a small one cannot do what is asked of a large one.
 EXAMPLES = {
     "smollm": (
@@ -149,17 +151,33 @@ def _told(house: House, model: ServedModel, first: bool, admin: bool) -> dict[st
 
 
 def examples(model: ServedModel) -> list[str]:
-    """What to begin with: a run's own sample prompts, or what such a model can answer."""
+    """What to begin with: of a run its own sample prompts, or problems that it has solved; else
+    what such a model can answer."""
     run = run_of(model.source)
-    with suppress(RunError):  # a recipe that was damaged since
-        if run is not None and (prompts := sample_prompts(read_recipe(run))):
-            return prompts[:MOST_EXAMPLES]
+    with suppress(RunError):  # a recipe or a log that was damaged since
+        if run is not None:
+            recipe = read_recipe(run)
+            if prompts := sample_prompts(recipe) or _solved(run):
+                return prompts[:MOST_EXAMPLES]
+            if recipe.get("base") is None:  # made from nothing: it knows what it was taught alone
+                return []
     if model.kind == "text":
         return []
     for word, known in EXAMPLES.items():
         if word in f"{model.name} {Path(model.source).name}".lower():
             return list(known)
     return list(ANY_CHAT)
+
+
+def _solved(run: Path) -> list[str]:
+    """Problems of the last step that kept answers, short ones, each once."""
+    file = run / "rollouts.jsonl"
+    bounds = rollout_steps(file)
+    if bounds is None:
+        return []
+    right = read_rollouts(file, bounds[1], bounds[1], right=True).rollouts
+    prompts = dict.fromkeys(str(one.get("prompt", "")) for one in right)
+    return [prompt for prompt in prompts if 0 < len(prompt) <= LONGEST_EXAMPLE]
 
 
 def _balance(house: House, account: str) -> str | None:

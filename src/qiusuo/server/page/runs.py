@@ -190,7 +190,8 @@ class Runs:
         if state != "running" or spent is None or began is None:
             return None
         progress = Progress(steps, "", _whole(first.get("step")), began)
-        progress.add({"step": _whole(last.get("step"))}, spent)
+        limit = {"minutes": last["minutes"]} if "minutes" in last else {}
+        progress.add({"step": _whole(last.get("step")), **limit}, spent)
         since = time.time() - (path / "log.jsonl").stat().st_mtime
         return progress.seconds_left(spent + max(since, 0.0))
 

@@ -1,0 +1,1 @@
+import{V as e,r as t}from"./index-DhSmhyxo.js";var n=e(null);function r(e){n.value=e,t(`chat`)}export{r as n,n as t};

@@ -1,1 +1,0 @@
-import{V as e,r as t}from"./index-DDhsNB_4.js";var n=e(null);function r(e){n.value=e,t(`chat`)}export{r as n,n as t};
