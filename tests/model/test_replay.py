@@ -13,6 +13,7 @@ from qiusuo.kernels.cross_entropy import IGNORE
 from qiusuo.kernels.token_logprobs import token_logprobs
 from qiusuo.model.transformer import Transformer
 from tests.engine.oracle import run
+from tests.kernels.gradients import assert_all_close
 from tests.model.shapes import tiny_model
 
 # B texts, T tokens, L MoE layers, K experts of a token.
@@ -58,8 +59,7 @@ def test_other_experts_are_taken_with_live_weights_that_learn():
         router.e_score_correction_bias.zero_()
         router.e_score_correction_bias[other] = 10.0
     forced = value_and_gradients(model, None)
-    for ours, theirs in zip(replayed, forced, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_all_close(replayed, forced, 2e-6)  # of the largest: sums run in another order
     gates = [router.weight.grad for router in model.routers().values()]
     assert all(gate[other].abs().sum() > 0 for gate in gates)
 
