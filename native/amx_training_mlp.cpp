@@ -1,90 +1,90 @@
 // SwiGLU networks on AMX: one, or the experts of a mixture over rows sorted by expert.
 //
-// A task is a block of an expert's rows: gate and up are multiplied 32 columns at a time and softened
-// while their sums are in the nearest cache, the result is the left factor of down. While one expert's
-// blocks are worked on, the next one's weights are packed.
+// First the weights are packed. Then a task is a block of an expert's rows: gate and up are multiplied
+// 32 columns at a time and softened while their sums are in the nearest cache, the result is the left
+// factor of down.
 #if defined(__x86_64__)
 #include "amx_training_mlp.h"
 
+#include <vector>
+
 #include "amx_swiglu.h"
-#include "amx_weight_gradients.h"
-#include "pipeline.h"
 #include "scratch.h"
+#include "threads.h"
 
 AMX_BEGIN
 namespace {
 
 using namespace amx;
 
-struct Forward final : Pipeline {
+struct Block {
+    int64_t expert, first, count;
+};
+
+struct Forward {
     const TrainingMlp &call;
     bf16 *y;
     int64_t d_steps, f_steps;
     std::vector<int64_t> busy;  // experts that have rows
+    std::vector<Block> blocks;  // whose `expert` is a number of `busy`
     Scratch scratch;
-    bf16 *weights;  // two: gate turned [f_steps][2][d_steps], up as well, down turned [D/32][2][f_steps]
+    bf16 *weights;  // of each: gate turned [f_steps][2][d_steps], up as well, down [d_steps][2][f_steps]
 
     Forward(const TrainingMlp &call, bf16 *y)
-        : call(call), y(y), d_steps(amx::up(call.D, STEP)), f_steps(amx::up(call.F, STEP)) {
-        for (int64_t e = 0; e < call.E; e++)
-            if (call.starts[e + 1] > call.starts[e]) busy.push_back(e);
-        weights = scratch.room<bf16>(2 * weights_size());
+        : call(call), y(y), d_steps(up(call.D, STEP)), f_steps(up(call.F, STEP)) {
+        for (int64_t e = 0; e < call.E; e++) {
+            const int64_t begin = call.starts[e], end = call.starts[e + 1];
+            for (int64_t at = begin; at < end; at += BLOCK_ROWS)
+                blocks.push_back({static_cast<int64_t>(busy.size()), at, std::min(BLOCK_ROWS, end - at)});
+            if (end > begin) busy.push_back(e);
+        }
+        weights = scratch.room<bf16>(busy.size() * 3 * matrix());
     }
 
-    int64_t weights_size() const { return 6 * f_steps * d_steps * ELEMENTS; }
-    bf16 *gate_of(int64_t item) const { return weights + item % 2 * weights_size(); }
-    bf16 *up_of(int64_t item) const { return gate_of(item) + 2 * f_steps * d_steps * ELEMENTS; }
-    bf16 *down_of(int64_t item) const { return gate_of(item) + 4 * f_steps * d_steps * ELEMENTS; }
+    int64_t matrix() const { return 2 * f_steps * d_steps * ELEMENTS; }
+    int64_t pack_tasks() const { return static_cast<int64_t>(busy.size()) * (2 * f_steps + d_steps); }
 
-    int64_t tasks(int part, int64_t item) const override {
-        const int64_t e = busy[item];
-        return part ? amx::up(call.starts[e + 1] - call.starts[e], BLOCK_ROWS) : 2 * f_steps + d_steps;
-    }
-    void run(int part, int64_t item, int64_t task) const override {
-        if (part == 0) pack(item, task);
-        else block(item, call.starts[busy[item]] + task * BLOCK_ROWS);
-    }
-
-    void pack(int64_t item, int64_t task) const {
-        const int64_t e = busy[item], kind = call.weight_kind;
-        const int64_t gate = e * call.gate_stride, down = e * call.down_stride;
+    // 32 rows of a weight.
+    void pack(int64_t task) const {
+        const int64_t each = 2 * f_steps + d_steps, item = task / each, e = busy[item];
+        bf16 *const to = weights + item * 3 * matrix();
+        task %= each;
+        if (task < f_steps) return turned(call.gate, e * call.gate_stride, call.F, call.D, task, to);
+        task -= f_steps;
         if (task < f_steps)
-            turned(number_in(call.gate, kind, gate), call.F, call.D, task, gate_of(item));
-        else if (task < 2 * f_steps)
-            turned(number_in(call.up, kind, gate), call.F, call.D, task - f_steps, up_of(item));
-        else
-            turned(number_in(call.down, kind, down), call.D, call.F, task - 2 * f_steps, down_of(item));
+            return turned(call.up, e * call.gate_stride, call.F, call.D, task, to + matrix());
+        turned(call.down, e * call.down_stride, call.D, call.F, task - f_steps, to + 2 * matrix());
     }
 
-    // 32 rows of a weight [O, I].
-    void turned(const void *weight, int64_t O, int64_t I, int64_t task, bf16 *to) const {
-        const int64_t steps = amx::up(I, STEP);
+    void turned(const void *weight, int64_t begin, int64_t O, int64_t I, int64_t task, bf16 *to) const {
+        const int64_t steps = up(I, STEP);
         bf16 *const own = to + task * 2 * steps * ELEMENTS;
-        pack_rows({weight, call.weight_kind, I}, task * PAIR, std::min(PAIR, O - task * PAIR), I, 2, own);
+        pack_rows({number_in(weight, call.weight_kind, begin), call.weight_kind, I}, task * PAIR,
+                  std::min(PAIR, O - task * PAIR), I, 2, own);
         turn(own, 2 * steps, own);
     }
 
-    void block(int64_t item, int64_t first) const {
-        const int64_t count = std::min(BLOCK_ROWS, call.starts[busy[item] + 1] - first);
-        const int64_t tiles = amx::up(count, TILE);
+    void run(const Block &block) const {
+        const bf16 *const gate = weights + block.expert * 3 * matrix();
+        const int64_t first = block.first, count = block.count, tiles = up(count, TILE);
         thread_local Scratch own;
         bf16 *const x = own.room<bf16>(BLOCK_TILES * (d_steps + f_steps) * ELEMENTS);
         bf16 *const act = x + BLOCK_TILES * d_steps * ELEMENTS;
         pack_rows({call.x, call.x_kind, call.D, call.pair, call.K}, first, count, call.D, tiles, x);
         float weight[BLOCK_ROWS];
         for (int64_t r = 0; r < tiles * TILE; r++) weight[r] = r < count ? weight_of(call, first + r) : 0;
-        alignas(64) float gate[BLOCK_TILES * 2 * SUMS], up[BLOCK_TILES * 2 * SUMS];
+        alignas(64) float g[BLOCK_TILES * 2 * SUMS], u[BLOCK_TILES * 2 * SUMS];
         const Tiles configured;
         for (int64_t step = 0; step < f_steps; step++) {
-            const int64_t at = step * 2 * d_steps * ELEMENTS;
-            column_pair({x, d_steps, 1}, {gate_of(item) + at, d_steps, 1}, tiles, true, d_steps, gate);
-            column_pair({x, d_steps, 1}, {up_of(item) + at, d_steps, 1}, tiles, true, d_steps, up);
+            const bf16 *const own_gate = gate + step * 2 * d_steps * ELEMENTS;
+            column_pair({x, d_steps, 1}, {own_gate, d_steps, 1}, tiles, true, d_steps, g);
+            column_pair({x, d_steps, 1}, {own_gate + matrix(), d_steps, 1}, tiles, true, d_steps, u);
             for (int64_t r = 0; r < tiles * TILE; r++)
-                swiglu_row(row_of(gate, r), row_of(up, r), weight[r],
+                swiglu_row(row_of(g, r), row_of(u, r), weight[r],
                            act + (r / TILE * f_steps + step) * ELEMENTS + r % TILE * STEP);
         }
-        product({act, f_steps, 1}, {down_of(item), f_steps, 1}, count, f_steps, y + first * call.D, 1,
-                call.D);
+        product({act, f_steps, 1}, {gate + 2 * matrix(), f_steps, 1}, count, f_steps,
+                y + first * call.D, 1, call.D);
     }
 };
 
@@ -92,7 +92,11 @@ struct Forward final : Pipeline {
 
 void amx_training_mlp(const TrainingMlp &call, uint16_t *y) {
     const Forward work(call, y);
-    run_pipeline(work, 2, work.busy.size(), 2 * call.starts[call.E] * (call.D + call.F));
+    auto pack = [&](int64_t task) { work.pack(task); };
+    auto block = [&](int64_t task) { work.run(work.blocks[task]); };
+    const Stage stages[] = {stage_of(work.pack_tasks(), pack),
+                            stage_of(static_cast<int64_t>(work.blocks.size()), block)};
+    run_stages(stages, 2, 2 * call.starts[call.E] * (call.D + call.F));
 }
 TARGET_END
 #else
