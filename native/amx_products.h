@@ -5,7 +5,7 @@
 //   y  = x · Wᵀ      x as left tiles,             W turned
 //   dx = dy · W      dy as left tiles,            W woven
 //   dW = dyᵀ · x     dy woven and turned (left),  x woven
-// x and dy are packed a block of rows at a time, in the second-level cache, W once a call.
+// x and dy are packed a block of rows at a time, in the second-level cache.
 #pragma once
 #if defined(__x86_64__)
 #include "amx_blocks.h"
@@ -29,7 +29,7 @@ struct Rows {
 AMX_BEGIN
 namespace amx {
 
-constexpr int64_t BLOCK_ROWS = 256;                 // rows of x worked on at a time
+constexpr int64_t BLOCK_ROWS = 256;                // rows of x worked on at a time
 constexpr int64_t BLOCK_TILES = BLOCK_ROWS / TILE;
 constexpr int64_t PAIR = 2 * TILE;                 // columns worked on at a time
 constexpr int64_t DEEP = 16;                       // steps whose factors stay in the nearest cache
@@ -96,7 +96,7 @@ inline void store_numbers(void *row, int kind, int64_t at, __mmask32 mask, __m51
     }
 }
 
-inline const void *number_in(const void *rows, int64_t kind, int64_t at) {
+inline const void *number_at(const void *rows, int kind, int64_t at) {
     return static_cast<const uint8_t *>(rows) + at * (kind ? 2 : 4);
 }
 inline void *number_at(void *rows, int kind, int64_t at) {
@@ -105,23 +105,20 @@ inline void *number_at(void *rows, int kind, int64_t at) {
 
 // All columns of left · right for a block of rows, written to rows of `width` numbers.
 inline void product(const Left &left, const Right &right, int64_t count, int64_t steps, void *out,
-                    int kind, int64_t width, const float *bias = nullptr) {
+                    int kind, int64_t width) {
     alignas(64) float sums[BLOCK_TILES * 2 * SUMS];
     for (int64_t at = 0; at < width; at += PAIR) {
         const bool both = width - at > TILE;
         const __mmask32 mask = within(width, at);
         for (int64_t r = 0; r < count; r++)  // where the row's numbers go: far apart, so called for
-            _mm_prefetch(static_cast<const char *>(number_at(out, kind, r * width + at)), _MM_HINT_ET0);
+            _mm_prefetch(static_cast<char *>(number_at(out, kind, r * width + at)), _MM_HINT_ET0);
         const Right pair = {right.tiles + at / TILE * right.column * ELEMENTS, right.column,
                             right.step};
         column_pair(left, pair, up(count, TILE), both, steps, sums);
-        const __m512 low = bias ? _mm512_maskz_loadu_ps(mask & 0xffff, bias + at) : __m512{};
-        const __m512 high = bias ? _mm512_maskz_loadu_ps(mask >> 16, bias + at + 16) : __m512{};
         for (int64_t r = 0; r < count; r++) {
             const float *const row = row_of(sums, r);
-            store_numbers(number_at(out, kind, r * width), kind, at, mask,
-                          _mm512_add_ps(low, _mm512_load_ps(row)),
-                          _mm512_add_ps(high, _mm512_load_ps(row + SUMS)));
+            store_numbers(number_at(out, kind, r * width), kind, at, mask, _mm512_load_ps(row),
+                          _mm512_load_ps(row + SUMS));
         }
     }
 }

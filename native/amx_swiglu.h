@@ -9,7 +9,7 @@ namespace amx {
 
 inline float weight_of(const TrainingMlp &call, int64_t row) {
     if (!call.pair) return 1.0f;
-    return call.pair[row] < 0 ? 0.0f : call.weights ? call.weights[call.pair[row]] : 1.0f;
+    return call.pair[row] < 0 ? 0.0f : call.weights[call.pair[row]];
 }
 
 // 1 / (1 + e^-x) to 2^-13, which is finer than what it is rounded to.

@@ -59,7 +59,7 @@ struct Forward {
     void turned(const void *weight, int64_t begin, int64_t O, int64_t I, int64_t task, bf16 *to) const {
         const int64_t steps = up(I, STEP);
         bf16 *const own = to + task * 2 * steps * ELEMENTS;
-        pack_rows({number_in(weight, call.weight_kind, begin), call.weight_kind, I}, task * PAIR,
+        pack_rows({number_at(weight, call.weight_kind, begin), call.weight_kind, I}, task * PAIR,
                   std::min(PAIR, O - task * PAIR), I, 2, own);
         turn(own, 2 * steps, own);
     }

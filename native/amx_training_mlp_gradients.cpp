@@ -100,21 +100,22 @@ struct Slice {
     int64_t down_at() const { return expert * call.down_stride + first_column; }
 
     void pack_weights() const {
-        const int64_t D = call.D, kind = call.weight_kind;
+        const int64_t D = call.D;
+        const int kind = call.weight_kind;
         for (int64_t step = 0; step < f_steps; step++) {
             const int64_t at = step * 2 * d_steps * ELEMENTS, rows = std::min(PAIR, F - step * PAIR);
-            pack_rows({number_in(call.gate, kind, wide_at()), call.weight_kind, D}, step * PAIR, rows, D,
+            pack_rows({number_at(call.gate, kind, wide_at()), call.weight_kind, D}, step * PAIR, rows, D,
                       2, gate + at);
             weave_tiles(gate + at, 2, d_steps, back + at);
             turn(gate + at, 2 * d_steps, gate + at);
-            pack_rows({number_in(call.up, kind, wide_at()), call.weight_kind, D}, step * PAIR, rows, D, 2,
+            pack_rows({number_at(call.up, kind, wide_at()), call.weight_kind, D}, step * PAIR, rows, D, 2,
                       up_ + at);
             weave_tiles(up_ + at, 2, d_steps, back + f_steps * 2 * d_steps * ELEMENTS + at);
             turn(up_ + at, 2 * d_steps, up_ + at);
         }
         for (int64_t step = 0; step < d_steps; step++) {
             bf16 *const left = slopes;  // nobody needs them yet
-            pack_rows({number_in(call.down, kind, down_at()), call.weight_kind, call.F}, step * PAIR,
+            pack_rows({number_at(call.down, kind, down_at()), call.weight_kind, call.F}, step * PAIR,
                       std::min(PAIR, D - step * PAIR), F, 2, left);
             weave_tiles(left, 2, f_steps, down + step * 2 * f_steps * ELEMENTS);
         }

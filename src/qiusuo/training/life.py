@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from qiusuo.runs.console import LiveView
@@ -19,6 +17,7 @@ from qiusuo.training.beginning import attach_adapter, build_model, last_state, s
 from qiusuo.training.finish import draw_report, finish_run, write_model
 from qiusuo.training.kinds import work_of
 from qiusuo.training.looks import TaskLook, check_prompts, samples_of, write_samples
+from qiusuo.training.parallel.stopping import StopAsked
 from qiusuo.training.parallel.world import ALONE, World
 from qiusuo.training.recipe import Recipe, earlier_stages
 from qiusuo.training.saving import Saver
@@ -210,30 +209,14 @@ class StageLife:
         return [step for name, step in self.state.ends.items() if name in asked_for]
 
 
-class _Stop:
+class _Stop(StopAsked):
     """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop meets between two steps; the
     second works as usual, but for one process of several: it may be told by its launcher and by
     who tells its launcher, and to make haste is the launcher's."""
 
-    asked = False
-
     def __init__(self, world: World) -> None:
-        self.alone = world.size == 1
+        super().__init__(1 if world.size == 1 else None)
 
-    def __enter__(self) -> _Stop:
-        self.former = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if self.alone:
-            self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *details: object) -> None:
-        self.restore()
+    @property
+    def asked(self) -> bool:
+        return self.times > 0

@@ -26,11 +26,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import FrameType
 from typing import Any
 
 from torch.distributed import TCPStore
 
+from qiusuo.training.parallel.stopping import StopAsked
 from qiusuo.training.parallel.worker import ANSWERS, BEREFT, LENGTH_BYTES, be_worker
 
 RESTARTS = 3  # of one call: what dies more often has a reason that starting it anew does not mend
@@ -51,7 +51,7 @@ def launch(
     ``tell`` is given each death, in words, and the number of the restart that follows. LaunchError
     where they died more than RESTARTS times."""
     given = pickle.dumps((sys.path, pickle.dumps((work, arguments))))
-    with _Asked() as asked:
+    with StopAsked(2) as asked:
         for restart in range(RESTARTS + 1):
             workers = _Workers(count, restart, given)
             try:
@@ -69,30 +69,6 @@ def launch(
     raise LaunchError(
         f"{RESTARTS} restarts were not enough: {death} again; the last whole checkpoint is in place"
     )
-
-
-class _Asked:
-    """Counts how often the launcher was asked to stop; the third time works as usual."""
-
-    times = 0
-
-    def __enter__(self) -> _Asked:
-        self.former = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.times += 1
-        if self.times > 1:
-            self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *details: object) -> None:
-        self.restore()
 
 
 class _Workers:
@@ -120,7 +96,7 @@ class _Workers:
         """The exit codes: minus its signal of one that was killed, None of one that lives."""
         return [process.poll() for process in self.processes]
 
-    def wait(self, asked: _Asked) -> list[int | None]:
+    def wait(self, asked: StopAsked) -> list[int | None]:
         """The codes when all have ended, or when there is no use in waiting for those that live."""
         passed_on, died_at = False, math.inf
         while None in (codes := self.codes()) and asked.times < 2:
