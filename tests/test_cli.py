@@ -272,7 +272,8 @@ def test_inspect_of_a_recipe_and_its_run(ask: Ask, corpus: Path) -> None:
     assert by_name.code == 0
     source = Path(cli.__file__).parent / "recipes" / "seconds.toml"
     shutil.copy(source, "mine.toml")
-    assert ask("inspect", "mine.toml").out == by_name.out
+    *facts, _free_memory = by_name.out.splitlines()
+    assert ask("inspect", "mine.toml").out.splitlines()[:-1] == facts
     recipe = lives.write_recipe(Path("tiny.toml"), lives.recipe_table(corpus))
     assert ask("train", recipe, *SMALL, "--run", "run").code == 0
     cost = measure(qiusuo.load("run").config)
