@@ -64,22 +64,30 @@ inline void weave(__m512i even, __m512i odd, bf16 *first, bf16 *second) {
     _mm512_store_si512(second, _mm512_permutex2var_epi16(even, high, odd));
 }
 
-// One step of left tiles, `apart` tiles from each other, as two columns of woven ones
-// [tiles/2][2 · steps]; `tiles` of 16 rows, even.
-inline void weave_step(const bf16 *left, int64_t apart, int64_t tiles, int64_t steps, bf16 *to) {
+// Where woven tiles go: of two tiles of rows one, for every 16 elements. Distances in tiles.
+struct Woven {
+    bf16 *tiles;
+    int64_t pair, column;
+};
+
+// One step of left tiles, `apart` tiles from each other, as two columns of woven ones; `tiles` of 16
+// rows, even.
+inline void weave_step(const bf16 *left, int64_t apart, int64_t tiles, const Woven &to) {
     for (int64_t tile = 0; tile < tiles; tile++) {
         const bf16 *from = left + tile * apart * ELEMENTS;
-        bf16 *first = to + tile / 2 * 2 * steps * ELEMENTS + tile % 2 * (ELEMENTS / 2);
+        bf16 *const first = to.tiles + tile / 2 * to.pair * ELEMENTS + tile % 2 * (ELEMENTS / 2);
+        bf16 *const second = first + to.column * ELEMENTS;
         for (int64_t j = 0; j < 8; j++)
             weave(_mm512_load_si512(from + 2 * j * STEP), _mm512_load_si512(from + (2 * j + 1) * STEP),
-                  first + j * STEP, first + ELEMENTS + j * STEP);
+                  first + j * STEP, second + j * STEP);
     }
 }
 
 // All steps of left tiles [tiles][steps].
-inline void weave_tiles(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
+inline void weave_tiles(const bf16 *left, int64_t tiles, int64_t steps, const Woven &to) {
     for (int64_t step = 0; step < steps; step++)
-        weave_step(left + step * ELEMENTS, steps, tiles, steps, to + step * 2 * ELEMENTS);
+        weave_step(left + step * ELEMENTS, steps, tiles,
+                   {to.tiles + step * 2 * to.column * ELEMENTS, to.pair, to.column});
 }
 
 // Where the tiles of a factor or of sums are: distances in tiles.

@@ -31,8 +31,7 @@ namespace amx {
 
 constexpr int64_t BLOCK_ROWS = 256;                // rows of x worked on at a time
 constexpr int64_t BLOCK_TILES = BLOCK_ROWS / TILE;
-constexpr int64_t PAIR = 2 * TILE;                 // columns worked on at a time
-constexpr int64_t DEEP = 16;                       // steps whose factors stay in the nearest cache
+constexpr int64_t PAIR = 2 * TILE;                 // rows and columns worked on at a time
 
 // 32 numbers of a row from `at` on, within its width; zeros where there is no row.
 inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t width) {
@@ -56,34 +55,23 @@ inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t wi
     }
 }
 
-// One step of left tiles [tiles][steps] as left factors of rowsᵀ · x: of [tiles/2][2 · steps].
-inline void transpose_step(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
-    weave_step(left, steps, tiles, steps, to);
-    for (int64_t tile = 0; tile < tiles / 2; tile++) {
-        bf16 *const own = to + tile * 2 * steps * ELEMENTS;
-        turn(own, 2, own);
-    }
-}
-
-// All of them.
+// Left tiles [tiles][steps] as left factors of rowsᵀ · x: [2 · steps][tiles/2].
 inline void transpose_tiles(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
-    for (int64_t step = 0; step < steps; step++)
-        transpose_step(left + step * ELEMENTS, tiles, steps, to + step * 2 * ELEMENTS);
+    weave_tiles(left, tiles, steps, {to, 1, tiles / 2});
+    turn(to, tiles * steps, to);
 }
 
-// sums [rows][2]: two columns of tiles of a product, over all steps; `both`: there is a second one.
-inline void column_pair(const Left &left, const Right &right, int64_t rows, bool both, int64_t steps,
-                        float *sums) {
-    for (int64_t step = 0; step < steps; step += DEEP)
-        multiply({left.tiles + step * left.step * ELEMENTS, left.row, left.step},
-                 {right.tiles + step * right.step * ELEMENTS, right.column, right.step},
-                 {sums, 2, 1}, rows, both ? 2 : 1, std::min(DEEP, steps - step), step == 0);
-}
+// Of a product: 32 rows, two tiles [2][steps] of the left factor, times 32 columns, two tiles
+// [2][steps] of the right one. The rows stay in the nearest cache while the columns go by.
+struct Square {
+    alignas(64) float sums[4 * SUMS];
 
-// Where row r of such sums begins; its second 16 numbers are SUMS floats further.
-inline const float *row_of(const float *sums, int64_t r) {
-    return sums + r / TILE * 2 * SUMS + r % TILE * TILE;
-}
+    Square(const bf16 *rows, const bf16 *columns, int64_t steps) {
+        multiply_few<2, 2>({rows, steps, 1}, {columns, steps, 1}, {sums, 2, 1}, steps, true);
+    }
+    // Where row r begins; its second 16 numbers are SUMS floats further.
+    const float *row(int64_t r) const { return sums + r / TILE * 2 * SUMS + r % TILE * TILE; }
+};
 
 // 32 numbers of a row of the result, as float32 (kind 0) or bfloat16, as many as the mask says.
 inline void store_numbers(void *row, int kind, int64_t at, __mmask32 mask, __m512 low, __m512 high) {
@@ -103,24 +91,24 @@ inline void *number_at(void *rows, int kind, int64_t at) {
     return static_cast<uint8_t *>(rows) + at * (kind ? 2 : 4);
 }
 
-// All columns of left · right for a block of rows, written to rows of `width` numbers.
-inline void product(const Left &left, const Right &right, int64_t count, int64_t steps, void *out,
+// left [tiles][steps] · right [tiles of the width][steps], as rows of `width` numbers.
+inline void product(const bf16 *left, const bf16 *right, int64_t count, int64_t steps, void *out,
                     int kind, int64_t width) {
-    alignas(64) float sums[BLOCK_TILES * 2 * SUMS];
-    for (int64_t at = 0; at < width; at += PAIR) {
-        const bool both = width - at > TILE;
-        const __mmask32 mask = within(width, at);
-        for (int64_t r = 0; r < count; r++)  // where the row's numbers go: far apart, so called for
-            _mm_prefetch(static_cast<char *>(number_at(out, kind, r * width + at)), _MM_HINT_ET0);
-        const Right pair = {right.tiles + at / TILE * right.column * ELEMENTS, right.column,
-                            right.step};
-        column_pair(left, pair, up(count, TILE), both, steps, sums);
-        for (int64_t r = 0; r < count; r++) {
-            const float *const row = row_of(sums, r);
-            store_numbers(number_at(out, kind, r * width), kind, at, mask, _mm512_load_ps(row),
-                          _mm512_load_ps(row + SUMS));
+    for (int64_t first = 0; first < count; first += PAIR)
+        for (int64_t at = 0; at < width; at += PAIR) {
+            const int64_t rows = std::min(PAIR, count - first);
+            const __mmask32 mask = within(width, at);
+            void *const to = number_at(out, kind, first * width);
+            for (int64_t r = 0; r < rows; r++)  // far apart, so called for
+                _mm_prefetch(static_cast<char *>(number_at(to, kind, r * width + at)), _MM_HINT_ET0);
+            const Square square(left + first / TILE * steps * ELEMENTS,
+                                right + at / TILE * steps * ELEMENTS, steps);
+            for (int64_t r = 0; r < rows; r++) {
+                const float *const row = square.row(r);
+                store_numbers(number_at(to, kind, r * width), kind, at, mask, _mm512_load_ps(row),
+                              _mm512_load_ps(row + SUMS));
+            }
         }
-    }
 }
 
 }  // namespace amx

@@ -206,7 +206,8 @@ void amx_attend(const Attention &call, const View &out, float *sums, bool carrie
             amx::turn(work.keys, key_tiles * work.key_steps, work.keys);
             amx::pack_left(rows_of(call.v, shared, key), call.v.row, keys, call.V, key_tiles,
                            work.laying);
-            amx::weave_tiles(work.laying, key_tiles, work.value_steps, work.values);
+            amx::weave_tiles(work.laying, key_tiles, work.value_steps,
+                             {work.values, 2 * work.value_steps, 1});
             attend_block(work, sight, begin, end, key, scale);
         }
         end_span(work, count, call.V, own_out, out.row, own_sums, carried);

@@ -179,7 +179,7 @@ void lay_both(const bf16 *rows, int64_t stride, int64_t count, int64_t width, bf
               bf16 *turned) {
     const int64_t tiles = up(count, GROUP) * 2, steps = up(width, amx::STEP);
     amx::pack_left(rows, stride, count, width, tiles, left);
-    amx::weave_tiles(left, tiles, steps, turned);
+    amx::weave_tiles(left, tiles, steps, {turned, 2 * steps, 1});
     amx::turn(turned, tiles * steps, turned);
 }
 
@@ -261,7 +261,8 @@ void amx_attend_backward(const Attention &call, const View &out, const float *su
                 const int64_t keys = std::min(KEYS, call.S - key), key_tiles = up(keys, GROUP) * 2;
                 amx::pack_left(rows_of(call.k, shared, key), call.k.row, keys, call.E, key_tiles,
                                work.keys);
-                amx::weave_tiles(work.keys, key_tiles, work.key_steps, work.keys_woven);
+                amx::weave_tiles(work.keys, key_tiles, work.key_steps,
+                                 {work.keys_woven, 2 * work.key_steps, 1});
                 amx::turn(work.keys, key_tiles * work.key_steps, work.keys);
                 amx::pack_left(rows_of(call.v, shared, key), call.v.row, keys, call.V, key_tiles,
                                work.values);

@@ -66,25 +66,24 @@ struct Forward {
 
     void run(const Block &block) const {
         const bf16 *const gate = weights + block.expert * 3 * matrix();
-        const int64_t first = block.first, count = block.count, tiles = up(count, TILE);
+        const int64_t first = block.first, count = block.count, tiles = up(count, PAIR) * 2;
         thread_local Scratch own;
         bf16 *const x = own.room<bf16>(BLOCK_TILES * (d_steps + f_steps) * ELEMENTS);
         bf16 *const act = x + BLOCK_TILES * d_steps * ELEMENTS;
         pack_rows({call.x, call.x_kind, call.D, call.pair, call.K}, first, count, call.D, tiles, x);
         float weight[BLOCK_ROWS];
         for (int64_t r = 0; r < tiles * TILE; r++) weight[r] = r < count ? weight_of(call, first + r) : 0;
-        alignas(64) float g[BLOCK_TILES * 2 * SUMS], u[BLOCK_TILES * 2 * SUMS];
         const Tiles configured;
-        for (int64_t step = 0; step < f_steps; step++) {
-            const bf16 *const own_gate = gate + step * 2 * d_steps * ELEMENTS;
-            column_pair({x, d_steps, 1}, {own_gate, d_steps, 1}, tiles, true, d_steps, g);
-            column_pair({x, d_steps, 1}, {own_gate + matrix(), d_steps, 1}, tiles, true, d_steps, u);
-            for (int64_t r = 0; r < tiles * TILE; r++)
-                swiglu_row(row_of(g, r), row_of(u, r), weight[r],
-                           act + (r / TILE * f_steps + step) * ELEMENTS + r % TILE * STEP);
-        }
-        product({act, f_steps, 1}, {gate + 2 * matrix(), f_steps, 1}, count, f_steps,
-                y + first * call.D, 1, call.D);
+        for (int64_t tile = 0; tile < tiles; tile += 2)
+            for (int64_t step = 0; step < f_steps; step++) {
+                const bf16 *const rows = x + tile * d_steps * ELEMENTS;
+                const bf16 *const columns = gate + step * 2 * d_steps * ELEMENTS;
+                const Square g(rows, columns, d_steps), u(rows, columns + matrix(), d_steps);
+                for (int64_t r = 0; r < PAIR; r++)
+                    swiglu_row(g.row(r), u.row(r), weight[tile * TILE + r],
+                               act + ((tile + r / TILE) * f_steps + step) * ELEMENTS + r % TILE * STEP);
+            }
+        product(act, gate + 2 * matrix(), count, f_steps, y + first * call.D, 1, call.D);
     }
 };
 

@@ -104,66 +104,78 @@ struct Slice {
         const int kind = call.weight_kind;
         for (int64_t step = 0; step < f_steps; step++) {
             const int64_t at = step * 2 * d_steps * ELEMENTS, rows = std::min(PAIR, F - step * PAIR);
+            bf16 *const own = back + step * ELEMENTS;
             pack_rows({number_at(call.gate, kind, wide_at()), call.weight_kind, D}, step * PAIR, rows, D,
                       2, gate + at);
-            weave_tiles(gate + at, 2, d_steps, back + at);
+            weave_tiles(gate + at, 2, d_steps, {own, 1, 2 * f_steps});
             turn(gate + at, 2 * d_steps, gate + at);
             pack_rows({number_at(call.up, kind, wide_at()), call.weight_kind, D}, step * PAIR, rows, D, 2,
                       up_ + at);
-            weave_tiles(up_ + at, 2, d_steps, back + f_steps * 2 * d_steps * ELEMENTS + at);
+            weave_tiles(up_ + at, 2, d_steps, {own + f_steps * ELEMENTS, 1, 2 * f_steps});
             turn(up_ + at, 2 * d_steps, up_ + at);
         }
         for (int64_t step = 0; step < d_steps; step++) {
             bf16 *const left = slopes;  // nobody needs them yet
             pack_rows({number_at(call.down, kind, down_at()), call.weight_kind, call.F}, step * PAIR,
                       std::min(PAIR, D - step * PAIR), F, 2, left);
-            weave_tiles(left, 2, f_steps, down + step * 2 * f_steps * ELEMENTS);
+            weave_tiles(left, 2, f_steps, {down + step * ELEMENTS, 1, d_steps});
         }
     }
 
     void block(int64_t first, int64_t count, bool fresh) const {
         const int64_t D = call.D, tiles = amx::up(count, PAIR) * 2, steps = tiles / 2;
         pack_rows({call.x, call.x_kind, D, call.pair, call.K}, first, count, D, tiles, x);
-        weave_tiles(x, tiles, d_steps, x_woven);
+        weave_tiles(x, tiles, d_steps, {x_woven, 1, steps});
         pack_rows({work.grad_y, 1, D, call.pair, call.K}, first, count, D, tiles, dy);
         transpose_tiles(dy, tiles, d_steps, dy_across);
         find_slopes(first, count, tiles);
         void *const to = work.shares ? static_cast<void *>(work.shares + (number * work.rows() + first) * D)
                                      : work.grad_rows + first * D;
-        product({slopes, 2 * f_steps, 1}, {back, 1, 2 * d_steps}, count, 2 * f_steps, to, !work.shares, D);
-        d_gate.add(slopes_across, 4 * f_steps, x_woven, steps, fresh);
-        d_up.add(slopes_across + 2 * f_steps * ELEMENTS, 4 * f_steps, x_woven, steps, fresh);
-        d_down.add(dy_across, 2 * d_steps, act_woven, steps, fresh);
+        product(slopes, back, count, 2 * f_steps, to, !work.shares, D);
+        d_gate.add(slopes_across, x_woven, steps, fresh);
+        d_up.add(slopes_across + 2 * f_steps * steps * ELEMENTS, x_woven, steps, fresh);
+        d_down.add(dy_across, act_woven, steps, fresh);
     }
 
     // From x and dy: the slopes [gate, up] and silu(gate) · up · weight, as their products want them.
     void find_slopes(int64_t first, int64_t count, int64_t tiles) const {
-        alignas(64) float g[BLOCK_TILES * 2 * SUMS], u[BLOCK_TILES * 2 * SUMS],
-            d[BLOCK_TILES * 2 * SUMS], pulls[BLOCK_ROWS][TILE] = {}, weights[BLOCK_ROWS];
-        alignas(64) bf16 act[BLOCK_TILES * ELEMENTS];
-        for (int64_t r = 0; r < tiles * TILE; r++) weights[r] = r < count ? weight_of(call, first + r) : 0;
-        for (int64_t step = 0; step < f_steps; step++) {
-            const int64_t at = step * 2 * d_steps * ELEMENTS;
-            column_pair({x, d_steps, 1}, {gate + at, d_steps, 1}, tiles, true, d_steps, g);
-            column_pair({x, d_steps, 1}, {up_ + at, d_steps, 1}, tiles, true, d_steps, u);
-            column_pair({dy, d_steps, 1}, {down + step * 2 * ELEMENTS, 1, 2 * f_steps}, tiles, true,
-                        d_steps, d);
-            for (int64_t r = 0; r < tiles * TILE; r++) {
-                bf16 *const left = slopes + (r / TILE * 2 * f_steps + step) * ELEMENTS + r % TILE * STEP;
-                const Slopes32 found(row_of(g, r), row_of(u, r), row_of(d, r), weights[r]);
-                _mm512_store_si512(act + r * STEP, found.act);
-                _mm512_store_si512(left, found.gate);
-                _mm512_store_si512(left + f_steps * ELEMENTS, found.up);
-                _mm512_store_ps(pulls[r], _mm512_add_ps(_mm512_load_ps(pulls[r]), found.pull));
-            }
-            weave_step(act, 1, tiles, f_steps, act_woven + step * 2 * ELEMENTS);
-            for (const int64_t column : {step, f_steps + step})
-                transpose_step(slopes + column * ELEMENTS, tiles, 2 * f_steps,
-                               slopes_across + column * 2 * ELEMENTS);
+        for (int64_t tile = 0; tile < tiles; tile += 2) {
+            alignas(64) float pulls[PAIR][TILE] = {};
+            for (int64_t step = 0; step < f_steps; step++) square(first, count, tiles, tile, step, pulls);
+            if (!work.pulls) continue;
+            float *const sums = work.pulls + number * work.rows() + first + tile * TILE;
+            for (int64_t r = 0; r < std::min(PAIR, count - tile * TILE); r++)
+                sums[r] = _mm512_reduce_add_ps(_mm512_load_ps(pulls[r]));
         }
-        if (!work.pulls) return;
-        float *const sums = work.pulls + number * work.rows() + first;
-        for (int64_t r = 0; r < count; r++) sums[r] = _mm512_reduce_add_ps(_mm512_load_ps(pulls[r]));
+    }
+
+    // 32 rows, from tile `tile` on, and 32 columns of it.
+    void square(int64_t first, int64_t count, int64_t tiles, int64_t tile, int64_t step,
+                float (*pulls)[TILE]) const {
+        const int64_t at = step * 2 * d_steps * ELEMENTS, rows = tile * d_steps * ELEMENTS;
+        const Square g(x + rows, gate + at, d_steps), u(x + rows, up_ + at, d_steps),
+            d(dy + rows, down + at, d_steps);
+        alignas(64) bf16 act[2 * ELEMENTS];
+        bf16 *const left = slopes + (tile * 2 * f_steps + step) * ELEMENTS;
+        for (int64_t r = 0; r < PAIR; r++) {
+            const int64_t row = tile * TILE + r;
+            const float weight = row < count ? weight_of(call, first + row) : 0;
+            const Slopes32 found(g.row(r), u.row(r), d.row(r), weight);
+            bf16 *const own = left + r / TILE * 2 * f_steps * ELEMENTS + r % TILE * STEP;
+            _mm512_store_si512(act + r * STEP, found.act);
+            _mm512_store_si512(own, found.gate);
+            _mm512_store_si512(own + f_steps * ELEMENTS, found.up);
+            _mm512_store_ps(pulls[r], _mm512_add_ps(_mm512_load_ps(pulls[r]), found.pull));
+        }
+        const int64_t steps = tiles / 2, pair = tile / 2;
+        weave_step(act, 1, 2, {act_woven + (step * tiles + pair) * ELEMENTS, 1, steps});
+        for (const int64_t column : {step, f_steps + step}) {
+            bf16 *const across = slopes_across + (column * tiles + pair) * ELEMENTS;
+            weave_step(slopes + (tile * 2 * f_steps + column) * ELEMENTS, 2 * f_steps, 2,
+                       {across, 1, steps});
+            turn(across, 1, across);
+            turn(across + steps * ELEMENTS, 1, across + steps * ELEMENTS);
+        }
     }
 
     void write() const {

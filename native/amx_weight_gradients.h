@@ -14,10 +14,9 @@ struct WeightGradient {
     static int64_t tiles(int64_t width) { return up(width, PAIR) * 2; }
     static int64_t room(int64_t O, int64_t I) { return tiles(O) * tiles(I) * SUMS; }
 
-    // `dy` [steps][`in_step` tiles], transposed, times x woven [steps][tiles of I].
-    void add(const bf16 *dy, int64_t in_step, const bf16 *x, int64_t steps, bool fresh) const {
-        multiply({dy, 1, in_step}, {x, 1, tiles(I)}, {sums, tiles(I), 1}, tiles(O), tiles(I), steps,
-                 fresh);
+    // `dy` [tiles of O][steps], transposed, times x woven [tiles of I][steps].
+    void add(const bf16 *dy, const bf16 *x, int64_t steps, bool fresh) const {
+        multiply({dy, steps, 1}, {x, steps, 1}, {sums, tiles(I), 1}, tiles(O), tiles(I), steps, fresh);
     }
 
     // To rows of `stride` numbers of float32 (kind 0) or bfloat16.
