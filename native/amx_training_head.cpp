@@ -268,9 +268,7 @@ struct Slice {
             high = _mm512_mul_ps(scale, _mm512_mask_sub_ps(high, is_label >> 16, high, one));
             _mm512_store_si512(slopes + r * STEP, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
-        weave_step(slopes, 1, 2, to);
-        turn(to.tiles, 1, to.tiles);
-        turn(to.tiles + to.column * ELEMENTS, 1, to.tiles + to.column * ELEMENTS);
+        transpose_step(slopes, 1, 2, to);
     }
 };
 
