@@ -141,9 +141,10 @@ class Learning(ABC):
         """Scale the gradients, of which each process has its part, down to the norm that the
         recipe allows; their norm before."""
         norm = self.world.total_norm(torch.nn.utils.get_total_norm(grads))
-        factor = (self.stage.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor)
+        factor = self.stage.optimizer.clip / (norm + 1e-6)
+        if factor < 1:
+            for grad in grads:
+                grad.mul_(factor)
         return norm.item()
 
     def plan(self, minutes: float) -> int:
