@@ -20,7 +20,7 @@ class Scratch {
             std::free(memory_);
             memory_ = nullptr;
             bytes_ = 0;
-            const bool large = bytes >= LARGE_PAGE;
+            const bool large = bytes >= LARGE_PAGE / 4;
             const size_t size = large ? (bytes + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE : bytes;
             memory_ = std::aligned_alloc(large ? LARGE_PAGE : 64, size);
             if (!memory_) throw std::bad_alloc();
