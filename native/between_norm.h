@@ -82,12 +82,12 @@ template <class X, class W, class Y> struct Norm {
                 }
                 const float mean = total(lanes) / static_cast<float>(D) * own;
                 for (int64_t d = 0; d < D; d++) {
-                    float slope = own * (widened(toward[d]) * widened(weights[d]) -
-                                         widened(from[d]) * mean);
-                    if (around) slope += widened(around[d]);
-                    to[d] = narrow<X>(slope);
-                    if (rounded) rounded[d] = narrow<bf16>(slope);
+                    const float slope = own * (widened(toward[d]) * widened(weights[d]) -
+                                               widened(from[d]) * mean);
+                    to[d] = narrow<X>(around ? slope + widened(around[d]) : slope);
                 }
+                for (int64_t d = 0; rounded && d < D; d++)
+                    rounded[d] = narrow<bf16>(widened(to[d]));
             }
         };
         auto add_up = [&](int64_t) {
