@@ -29,7 +29,7 @@ struct Rows {
 AMX_BEGIN
 namespace amx {
 
-constexpr int64_t BLOCK_ROWS = 256;                // rows of x worked on at a time
+constexpr int64_t BLOCK_ROWS = 128;                // rows of x worked on at a time
 constexpr int64_t BLOCK_TILES = BLOCK_ROWS / TILE;
 constexpr int64_t PAIR = 2 * TILE;                 // rows and columns worked on at a time
 
@@ -55,10 +55,21 @@ inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t wi
     }
 }
 
-// Left tiles [tiles][steps] as left factors of rowsᵀ · x: [2 · steps][tiles/2].
-inline void transpose_tiles(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
-    weave_tiles(left, tiles, steps, {to, 1, tiles / 2});
-    turn(to, tiles * steps, to);
+// One step of left tiles, `apart` tiles from each other, as left factors of rowsᵀ · x.
+inline void transpose_step(const bf16 *left, int64_t apart, int64_t tiles, const Woven &to) {
+    weave_step(left, apart, tiles, to);
+    for (int64_t column = 0; column < 2; column++)
+        for (int64_t pair = 0; pair < tiles / 2; pair++) {
+            bf16 *const own = to.tiles + (column * to.column + pair * to.pair) * ELEMENTS;
+            turn(own, 1, own);
+        }
+}
+
+// All steps of left tiles [tiles][steps].
+inline void transpose_tiles(const bf16 *left, int64_t tiles, int64_t steps, const Woven &to) {
+    for (int64_t step = 0; step < steps; step++)
+        transpose_step(left + step * ELEMENTS, steps, tiles,
+                       {to.tiles + step * 2 * to.column * ELEMENTS, to.pair, to.column});
 }
 
 // Of a product: 32 rows, two tiles [2][steps] of the left factor, times 32 columns, two tiles

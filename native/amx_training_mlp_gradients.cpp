@@ -55,16 +55,16 @@ struct Backward {
     void add_shares(int64_t block) const;
 };
 
-// What a task works with: its slice's weights as right factors, a block's rows in the forms that its
-// products want, and sums.
+// What a task works with: its slice's weights as right factors, rows in the forms that its products
+// want, and sums.
 struct Slice {
     const Backward &work;
     const TrainingMlp &call;
     int64_t expert, number, first_column, F;  // F: its columns
     int64_t d_steps, f_steps;
     bf16 *gate, *up_, *down, *back;            // gate and up turned, down woven, gate and up woven
-    bf16 *x, *dy, *slopes;                     // left tiles
-    bf16 *x_woven, *dy_across, *act_woven, *slopes_across;
+    bf16 *x, *dy, *slopes;                     // left tiles of 32 rows
+    bf16 *x_woven, *dy_across, *act_woven, *slopes_across;  // of a block
     WeightGradient d_gate, d_up, d_down;
 
     Slice(const Backward &work, int64_t task)
@@ -86,9 +86,10 @@ struct Slice {
         up_ = room.take<bf16>(weight);
         down = room.take<bf16>(weight);
         back = room.take<bf16>(2 * weight);
-        for (bf16 **rows : {&x, &dy, &x_woven, &dy_across}) *rows = room.take<bf16>(wide);
+        for (bf16 **rows : {&x, &dy}) *rows = room.take<bf16>(2 * d_steps * ELEMENTS);
+        slopes = room.take<bf16>(4 * f_steps * ELEMENTS);
+        for (bf16 **rows : {&x_woven, &dy_across}) *rows = room.take<bf16>(wide);
         act_woven = room.take<bf16>(narrow);
-        slopes = room.take<bf16>(2 * narrow);
         slopes_across = room.take<bf16>(2 * narrow);
         d_gate = {F, call.D, room.take<float>(WeightGradient::room(F, call.D))};
         d_up = {F, call.D, room.take<float>(WeightGradient::room(F, call.D))};
@@ -123,59 +124,52 @@ struct Slice {
     }
 
     void block(int64_t first, int64_t count, bool fresh) const {
-        const int64_t D = call.D, tiles = amx::up(count, PAIR) * 2, steps = tiles / 2;
-        pack_rows({call.x, call.x_kind, D, call.pair, call.K}, first, count, D, tiles, x);
-        weave_tiles(x, tiles, d_steps, {x_woven, 1, steps});
-        pack_rows({work.grad_y, 1, D, call.pair, call.K}, first, count, D, tiles, dy);
-        transpose_tiles(dy, tiles, d_steps, dy_across);
-        find_slopes(first, count, tiles);
+        const int64_t pairs = amx::up(count, PAIR);
+        for (int64_t pair = 0; pair < pairs; pair++)
+            rows(first + pair * PAIR, std::min(PAIR, count - pair * PAIR), pair, pairs);
+        d_gate.add(slopes_across, x_woven, pairs, fresh);
+        d_up.add(slopes_across + 2 * f_steps * pairs * ELEMENTS, x_woven, pairs, fresh);
+        d_down.add(dy_across, act_woven, pairs, fresh);
+    }
+
+    // 32 rows, the block's `pair` of so many: what they give to x, and their forms for the weights.
+    void rows(int64_t first, int64_t count, int64_t pair, int64_t pairs) const {
+        const int64_t D = call.D;
+        pack_rows({call.x, call.x_kind, D, call.pair, call.K}, first, count, D, 2, x);
+        weave_tiles(x, 2, d_steps, {x_woven + pair * ELEMENTS, 1, pairs});
+        pack_rows({work.grad_y, 1, D, call.pair, call.K}, first, count, D, 2, dy);
+        transpose_tiles(dy, 2, d_steps, {dy_across + pair * ELEMENTS, 1, pairs});
+        float weights[PAIR];
+        for (int64_t r = 0; r < PAIR; r++) weights[r] = r < count ? weight_of(call, first + r) : 0;
+        alignas(64) float pulls[PAIR][TILE] = {};
+        for (int64_t step = 0; step < f_steps; step++) square(step, weights, pair, pairs, pulls);
         void *const to = work.shares ? static_cast<void *>(work.shares + (number * work.rows() + first) * D)
                                      : work.grad_rows + first * D;
         product(slopes, back, count, 2 * f_steps, to, !work.shares, D);
-        d_gate.add(slopes_across, x_woven, steps, fresh);
-        d_up.add(slopes_across + 2 * f_steps * steps * ELEMENTS, x_woven, steps, fresh);
-        d_down.add(dy_across, act_woven, steps, fresh);
+        if (!work.pulls) return;
+        float *const sums = work.pulls + number * work.rows() + first;
+        for (int64_t r = 0; r < count; r++) sums[r] = _mm512_reduce_add_ps(_mm512_load_ps(pulls[r]));
     }
 
-    // From x and dy: the slopes [gate, up] and silu(gate) · up · weight, as their products want them.
-    void find_slopes(int64_t first, int64_t count, int64_t tiles) const {
-        for (int64_t tile = 0; tile < tiles; tile += 2) {
-            alignas(64) float pulls[PAIR][TILE] = {};
-            for (int64_t step = 0; step < f_steps; step++) square(first, count, tiles, tile, step, pulls);
-            if (!work.pulls) continue;
-            float *const sums = work.pulls + number * work.rows() + first + tile * TILE;
-            for (int64_t r = 0; r < std::min(PAIR, count - tile * TILE); r++)
-                sums[r] = _mm512_reduce_add_ps(_mm512_load_ps(pulls[r]));
-        }
-    }
-
-    // 32 rows, from tile `tile` on, and 32 columns of it.
-    void square(int64_t first, int64_t count, int64_t tiles, int64_t tile, int64_t step,
+    // 32 columns of them: the slopes [gate, up] and silu(gate) · up · weight, as their products want
+    // them.
+    void square(int64_t step, const float *weights, int64_t pair, int64_t pairs,
                 float (*pulls)[TILE]) const {
-        const int64_t at = step * 2 * d_steps * ELEMENTS, rows = tile * d_steps * ELEMENTS;
-        const Square g(x + rows, gate + at, d_steps), u(x + rows, up_ + at, d_steps),
-            d(dy + rows, down + at, d_steps);
+        const int64_t at = step * 2 * d_steps * ELEMENTS;
+        const Square g(x, gate + at, d_steps), u(x, up_ + at, d_steps), d(dy, down + at, d_steps);
         alignas(64) bf16 act[2 * ELEMENTS];
-        bf16 *const left = slopes + (tile * 2 * f_steps + step) * ELEMENTS;
         for (int64_t r = 0; r < PAIR; r++) {
-            const int64_t row = tile * TILE + r;
-            const float weight = row < count ? weight_of(call, first + row) : 0;
-            const Slopes32 found(g.row(r), u.row(r), d.row(r), weight);
-            bf16 *const own = left + r / TILE * 2 * f_steps * ELEMENTS + r % TILE * STEP;
+            const Slopes32 found(g.row(r), u.row(r), d.row(r), weights[r]);
+            bf16 *const left = slopes + (r / TILE * 2 * f_steps + step) * ELEMENTS + r % TILE * STEP;
             _mm512_store_si512(act + r * STEP, found.act);
-            _mm512_store_si512(own, found.gate);
-            _mm512_store_si512(own + f_steps * ELEMENTS, found.up);
+            _mm512_store_si512(left, found.gate);
+            _mm512_store_si512(left + f_steps * ELEMENTS, found.up);
             _mm512_store_ps(pulls[r], _mm512_add_ps(_mm512_load_ps(pulls[r]), found.pull));
         }
-        const int64_t steps = tiles / 2, pair = tile / 2;
-        weave_step(act, 1, 2, {act_woven + (step * tiles + pair) * ELEMENTS, 1, steps});
-        for (const int64_t column : {step, f_steps + step}) {
-            bf16 *const across = slopes_across + (column * tiles + pair) * ELEMENTS;
-            weave_step(slopes + (tile * 2 * f_steps + column) * ELEMENTS, 2 * f_steps, 2,
-                       {across, 1, steps});
-            turn(across, 1, across);
-            turn(across + steps * ELEMENTS, 1, across + steps * ELEMENTS);
-        }
+        weave_step(act, 1, 2, {act_woven + (2 * step * pairs + pair) * ELEMENTS, 1, pairs});
+        for (const int64_t column : {step, f_steps + step})
+            transpose_step(slopes + column * ELEMENTS, 2 * f_steps, 2,
+                           {slopes_across + (2 * column * pairs + pair) * ELEMENTS, 1, pairs});
     }
 
     void write() const {

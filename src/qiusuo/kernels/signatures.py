@@ -23,7 +23,17 @@ class TrainingMlp(ctypes.Structure):
     )  # fmt: skip
 
 
+class TrainingHead(ctypes.Structure):
+    """``TrainingHead`` of native/amx_training_head.h."""
+
+    _fields_ = (
+        ("x", AT), ("x_kind", INT), ("head", AT), ("head_kind", INT), ("labels", AT), ("M", SIZE),
+        ("D", SIZE), ("W", SIZE),
+    )  # fmt: skip
+
+
 VIEW, MLP = ctypes.POINTER(View), ctypes.POINTER(TrainingMlp)
+HEAD = ctypes.POINTER(TrainingHead)
 SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
@@ -36,6 +46,8 @@ SIGNATURES = {
     "qiusuo_attend_backward": [*[VIEW] * 5, AT, *[VIEW] * 4, *[SIZE] * 7, FLOAT],
     "qiusuo_training_mlp": [MLP, AT],
     "qiusuo_training_mlp_backward": [MLP, *[AT] * 6],
+    "qiusuo_training_head": [HEAD, *[AT] * 3],
+    "qiusuo_training_head_backward": [HEAD, *[AT] * 3],
     "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],
     "qiusuo_swiglu_backward": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, *[AT] * 5],
     "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],
