@@ -104,6 +104,8 @@ def test_nothing_to_add(dtype) -> None:
     """The stream goes on as it is; its gradients still meet."""
     x, _, weight = inputs((9, 33), dtype)
     assert add_and_norm(x, None, weight, EPS)[0].data_ptr() == x.data_ptr()
+    with torch.no_grad():
+        assert add_and_norm(x, None, weight, EPS)[0] is x
 
     def fused(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return add_and_norm(x, None, weight, eps)
@@ -148,6 +150,12 @@ def test_parts_of_wider_rows() -> None:
         doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
         expected = torch.autograd.grad(exact(*doubles, EPS), doubles, [t.double() for t in toward])
         assert_all_close([g.double() for g in got], list(expected), 0.02)
+
+
+def test_what_would_be_broadcast_is_refused() -> None:
+    x, added, weight = inputs((3, 8))
+    with pytest.raises(ValueError, match=r"\(1, 8\) is added to \(3, 8\)"):
+        add_and_norm(x, added[:1], weight, EPS)
 
 
 def test_no_rows() -> None:

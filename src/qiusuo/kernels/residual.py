@@ -2,7 +2,8 @@
 
 By themselves a sum and a norm read and write the whole stream twice, and their gradients more often
 still: the norm's, the sum of that with the one that goes past it, a rounded copy for the part.
-Here it is one pass each way.
+Here it is one pass each way, where something learns; for the few rows of an answer's next token the
+call would cost more than it saves, and the two give the same bits.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ def add_and_norm_reference(
 def add_and_norm(
     x_D: Tensor, added_D: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As ``add_and_norm_reference``, to the bit; ``added`` of x's shape. Gradients that meet in the
-    sum are rounded once, there; each has the type of what it belongs to."""
-    with torch.no_grad():
-        library = native_for(x_D)
-    kinds = (weight_D.dtype, normed_dtype(x_D), x_D.dtype if added_D is None else added_D.dtype)
-    if library is None or any(kind not in KINDS for kind in kinds):
-        return add_and_norm_reference(x_D, added_D, weight_D, eps)
+    """As ``add_and_norm_reference``, to the bit; ``added`` of x's shape, else ValueError. Gradients
+    that meet in the sum are rounded once, there; each has the type of what it belongs to."""
+    if added_D is not None and added_D.shape != x_D.shape:
+        raise ValueError(
+            f"{tuple(added_D.shape)} is added to {tuple(x_D.shape)}: shapes must agree"
+        )
     if torch.is_grad_enabled():
-        found: tuple[Tensor, Tensor] = _AddAndNorm.apply(x_D, added_D, weight_D, eps)
-        return found
-    return _forward(library, x_D, added_D, weight_D, eps, None)
+        with torch.no_grad():
+            library = native_for(x_D)
+        others = [weight_D.dtype, normed_dtype(x_D), *([] if added_D is None else [added_D.dtype])]
+        if library is not None and all(dtype in KINDS for dtype in others):
+            found: tuple[Tensor, Tensor] = _AddAndNorm.apply(x_D, added_D, weight_D, eps)
+            return found
+    return add_and_norm_reference(x_D, added_D, weight_D, eps)
 
 
 class _AddAndNorm(torch.autograd.Function):
@@ -82,7 +86,7 @@ def _forward(
     added_D: Tensor | None,
     weight_D: Tensor,
     eps: float,
-    scale: Tensor | None,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``scale``: room for each row's 1/rms."""
     if added_D is None:
