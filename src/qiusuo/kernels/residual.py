@@ -35,7 +35,7 @@ def add_and_norm(
     that meet in the sum are rounded once, there; each has the type of what it belongs to."""
     if added_D is not None and added_D.shape != x_D.shape:
         raise ValueError(
-            f"{tuple(added_D.shape)} is added to {tuple(x_D.shape)}: shapes must agree"
+            f"{tuple(added_D.shape)} is added to {tuple(x_D.shape)}: give both one shape"
         )
     if torch.is_grad_enabled():
         with torch.no_grad():
