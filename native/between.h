@@ -37,11 +37,18 @@ struct Between {
     void (*rms_norm)(const void *x, int x_kind, int64_t stride, const void *weight, int weight_kind,
                      void *out, int out_kind, float *scale, int64_t rows, int64_t D, float eps);
 
-    // grad_x [rows, D] of x's kind and grad_weight [D].
+    // The same of sum [rows, D] = x + added, which is written too: float32 where one of them is.
+    void (*add_rms_norm)(const void *x, int x_kind, int64_t stride, const void *added,
+                         int added_kind, int64_t added_stride, const void *weight, int weight_kind,
+                         void *sum, void *out, int out_kind, float *scale, int64_t rows, int64_t D,
+                         float eps);
+
+    // grad_x [rows, D] of x's kind and grad_weight [D]. `past` [rows, D] of x's kind, or null: the
+    // gradient that reaches x past the norm, added to grad_x; grad_rounded: that in bfloat16, or null.
     void (*rms_norm_backward)(const void *grad, int grad_kind, const void *x, int x_kind,
                               int64_t stride, const void *weight, int weight_kind,
-                              const float *scale, void *grad_x, float *grad_weight, int64_t rows,
-                              int64_t D);
+                              const float *scale, const void *past, void *grad_x,
+                              void *grad_rounded, float *grad_weight, int64_t rows, int64_t D);
 
     // Pairs of x [rows, heads, R] turned by complex numbers turns [turned, R/2], row r by r % turned,
     // or back again: adjacent numbers, or with `halves` those R/2 apart. `row_stride` is the distance

@@ -227,7 +227,7 @@ void cross_entropy(void *logits, int kind, const int64_t *labels, float *nats, i
 
 namespace {
 
-constexpr Between BETWEEN = {swiglu,   swiglu_backward,   gather, sum_choices,
-                             rms_norm, rms_norm_backward, rotate, cross_entropy};
+constexpr Between BETWEEN = {swiglu,       swiglu_backward,   gather, sum_choices,  rms_norm,
+                             add_rms_norm, rms_norm_backward, rotate, cross_entropy};
 
 }  // namespace

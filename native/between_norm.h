@@ -1,4 +1,4 @@
-// RMSNorm and the turning of pairs, forward and backward; a part of between_loops.h.
+// RMSNorm, also of a sum, and the turning of pairs, forward and backward; a part of between_loops.h.
 #pragma once
 
 namespace {
@@ -13,11 +13,28 @@ template <class T> inline float squares(const T *x, int64_t D) {
     return total(lanes);
 }
 
+// Rows of sums, in float32 where one of the two is.
+struct Sum {
+    void (*row_of)(const Sum &, int64_t row, int64_t D);
+    const void *x, *added;
+    int64_t x_stride, added_stride;
+    void *sum;
+};
+
+template <class X, class A, class S> void add_row(const Sum &call, int64_t row, int64_t D) {
+    const X *__restrict x = row_of<X>(call.x, row * call.x_stride);
+    const A *__restrict added = row_of<A>(call.added, row * call.added_stride);
+    S *__restrict to = row_of<S>(call.sum, row * D);
+    for (int64_t d = 0; d < D; d++) to[d] = narrow<S>(widened(x[d]) + widened(added[d]));
+}
+
 template <class X, class W, class Y> struct Norm {
-    static void forward(const void *x, int64_t stride, const void *weight, void *out, float *scale,
-                        int64_t rows, int64_t D, float eps) {
+    // Where x is a sum, each row is added up just before.
+    static void forward(const Sum *sum, const void *x, int64_t stride, const void *weight, void *out,
+                        float *scale, int64_t rows, int64_t D, float eps) {
         const W *__restrict weights = row_of<W>(weight, 0);
         for_rows(rows, D, [&](int64_t row) {
+            if (sum) sum->row_of(*sum, row, D);
             const X *__restrict from = row_of<X>(x, row * stride);
             Y *__restrict to = row_of<Y>(out, row * D);
             const float mean = squares(from, D) / static_cast<float>(D);
@@ -31,8 +48,8 @@ template <class X, class W, class Y> struct Norm {
     // Y is the kind of the gradient that comes in. Every BLOCK rows add up their part of the
     // weight's gradient; then these are added in order.
     static void backward(const void *grad, const void *x, int64_t stride, const void *weight,
-                         const float *scale, void *grad_x, float *grad_weight, int64_t rows,
-                         int64_t D) {
+                         const float *scale, const void *past, void *grad_x, void *grad_rounded,
+                         float *grad_weight, int64_t rows, int64_t D) {
         constexpr int64_t BLOCK_ROWS = 64;
         const W *__restrict weights = row_of<W>(weight, 0);
         const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -44,7 +61,10 @@ template <class X, class W, class Y> struct Norm {
             for (int64_t row = block * BLOCK_ROWS; row < end; row++) {
                 const X *__restrict from = row_of<X>(x, row * stride);
                 const Y *__restrict toward = row_of<Y>(grad, row * D);
+                const X *__restrict around = past ? row_of<X>(past, row * D) : nullptr;
                 X *__restrict to = row_of<X>(grad_x, row * D);
+                bf16 *__restrict rounded =
+                    grad_rounded ? row_of<bf16>(grad_rounded, row * D) : nullptr;
                 const float own = scale[row];
                 float lanes[LANES] = {};
                 int64_t at = 0;
@@ -61,9 +81,13 @@ template <class X, class W, class Y> struct Norm {
                     lanes[at % LANES] += pull * widened(weights[at]);
                 }
                 const float mean = total(lanes) / static_cast<float>(D) * own;
-                for (int64_t d = 0; d < D; d++)
-                    to[d] = narrow<X>(own * (widened(toward[d]) * widened(weights[d]) -
-                                             widened(from[d]) * mean));
+                for (int64_t d = 0; d < D; d++) {
+                    const float slope = own * (widened(toward[d]) * widened(weights[d]) -
+                                               widened(from[d]) * mean);
+                    to[d] = narrow<X>(around ? slope + widened(around[d]) : slope);
+                }
+                for (int64_t d = 0; rounded && d < D; d++)
+                    rounded[d] = narrow<bf16>(widened(to[d]));
             }
         };
         auto add_up = [&](int64_t) {
@@ -90,15 +114,28 @@ template <class Task> void with_kinds(int x_kind, int weight_kind, int other_kin
 void rms_norm(const void *x, int x_kind, int64_t stride, const void *weight, int weight_kind,
               void *out, int out_kind, float *scale, int64_t rows, int64_t D, float eps) {
     with_kinds(x_kind, weight_kind, out_kind, [&](auto norm) {
-        norm.forward(x, stride, weight, out, scale, rows, D, eps);
+        norm.forward(nullptr, x, stride, weight, out, scale, rows, D, eps);
+    });
+}
+
+void add_rms_norm(const void *x, int x_kind, int64_t stride, const void *added, int added_kind,
+                  int64_t added_stride, const void *weight, int weight_kind, void *sum, void *out,
+                  int out_kind, float *scale, int64_t rows, int64_t D, float eps) {
+    const auto add = x_kind ? added_kind ? add_row<bf16, bf16, bf16> : add_row<bf16, float, float>
+                            : added_kind ? add_row<float, bf16, float> : add_row<float, float, float>;
+    const Sum call = {add, x, added, stride, added_stride, sum};
+    with_kinds(x_kind && added_kind, weight_kind, out_kind, [&](auto norm) {
+        norm.forward(&call, sum, D, weight, out, scale, rows, D, eps);
     });
 }
 
 void rms_norm_backward(const void *grad, int grad_kind, const void *x, int x_kind, int64_t stride,
-                       const void *weight, int weight_kind, const float *scale, void *grad_x,
-                       float *grad_weight, int64_t rows, int64_t D) {
+                       const void *weight, int weight_kind, const float *scale, const void *past,
+                       void *grad_x, void *grad_rounded, float *grad_weight, int64_t rows,
+                       int64_t D) {
     with_kinds(x_kind, weight_kind, grad_kind, [&](auto norm) {
-        norm.backward(grad, x, stride, weight, scale, grad_x, grad_weight, rows, D);
+        norm.backward(grad, x, stride, weight, scale, past, grad_x, grad_rounded, grad_weight, rows,
+                      D);
     });
 }
 

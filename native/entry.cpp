@@ -184,12 +184,20 @@ void qiusuo_rms_norm(int isa, const void *x, int x_kind, int64_t stride, const v
                               eps);
 }
 
+void qiusuo_add_rms_norm(int isa, const void *x, int x_kind, int64_t stride, const void *added,
+                         int added_kind, int64_t added_stride, const void *weight, int weight_kind,
+                         void *sum, void *out, int out_kind, float *scale, int64_t rows, int64_t D,
+                         float eps) {
+    between_of(isa)->add_rms_norm(x, x_kind, stride, added, added_kind, added_stride, weight,
+                                  weight_kind, sum, out, out_kind, scale, rows, D, eps);
+}
+
 void qiusuo_rms_norm_backward(int isa, const void *grad, int grad_kind, const void *x, int x_kind,
                               int64_t stride, const void *weight, int weight_kind,
-                              const float *scale, void *grad_x, float *grad_weight, int64_t rows,
-                              int64_t D) {
+                              const float *scale, const void *past, void *grad_x,
+                              void *grad_rounded, float *grad_weight, int64_t rows, int64_t D) {
     between_of(isa)->rms_norm_backward(grad, grad_kind, x, x_kind, stride, weight, weight_kind,
-                                       scale, grad_x, grad_weight, rows, D);
+                                       scale, past, grad_x, grad_rounded, grad_weight, rows, D);
 }
 
 void qiusuo_rotate(int isa, const void *x, int kind, const void *turns, int64_t turned, int halves,

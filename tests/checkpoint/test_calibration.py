@@ -45,7 +45,7 @@ def test_numbers_of_a_projection_and_of_experts() -> None:
     inputs: dict[str, list[torch.Tensor]] = {}
     block = model.model.layers[1]
     block.input_layernorm.register_forward_hook(
-        lambda module, given, out: inputs.setdefault("attention", []).append(out[0])
+        lambda module, given, out: inputs.setdefault("attention", []).append(out[1][0])
     )
     block.mlp.experts.register_forward_pre_hook(
         lambda module, given: inputs.setdefault("experts", []).append(given)

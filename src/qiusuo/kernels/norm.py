@@ -28,16 +28,19 @@ def rms_norm_reference(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As ``rms_norm_reference``; under autocast the result has the autocast type."""
-    device = x_D.device.type
-    autocast = torch.is_autocast_enabled(device)
-    out_dtype = torch.get_autocast_dtype(device) if autocast else x_D.dtype
+    out_dtype = normed_dtype(x_D)
     if torch.is_grad_enabled():
         out_D: Tensor = _RMSNorm.apply(x_D, weight_D, eps, out_dtype)
         return out_D
     library = _library(x_D, weight_D, out_dtype)
     if library is not None:
-        return _native(library, x_D, weight_D, eps, out_dtype, None)
+        return native_norm(library, x_D, weight_D, eps, out_dtype, None)
     return F.rms_norm(x_D, weight_D.shape, weight_D, eps).to(out_dtype)
+
+
+def normed_dtype(x_D: Tensor) -> torch.dtype:
+    device = x_D.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_D.dtype
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         library = _library(x_D, weight_D, out_dtype)
         if library is not None:
             scale = x_D.new_empty(*x_D.shape[:-1], 1, dtype=torch.float32)
-            out_D = _native(library, x_D, weight_D, eps, out_dtype, scale)
+            out_D = native_norm(library, x_D, weight_D, eps, out_dtype, scale)
         else:
             norm = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True, dtype=torch.float32)
             scale = (norm.square() / x_D.shape[-1] + eps).rsqrt_()
@@ -62,7 +65,8 @@ class _RMSNorm(torch.autograd.Function):
         x_D, weight_D, scale = ctx.saved_tensors
         library = _library(x_D, weight_D, grads[0].dtype)
         if library is not None:
-            return *_native_backward(library, grads[0], x_D, weight_D, scale), None, None
+            grad_x_D, _, grad_weight_D = native_gradients(library, grads[0], x_D, weight_D, scale)
+            return grad_x_D, grad_weight_D, None, None
         width = x_D.shape[-1]
         x32_D, weight32_D, grad_D = x_D.float(), weight_D.float(), grads[0].float()
         # LayerNorm's fused kernel, told that the mean is zero, gives this gradient less one term:
@@ -85,7 +89,7 @@ def _library(x_D: Tensor, weight_D: Tensor, other: torch.dtype) -> Native | None
     return native_for(x_D) if weight_D.dtype in KINDS and other in KINDS else None
 
 
-def _native(
+def native_norm(
     library: Native,
     x_D: Tensor,
     weight_D: Tensor,
@@ -95,7 +99,7 @@ def _native(
 ) -> Tensor:
     """``scale``: room for each row's 1/rms."""
     width = x_D.shape[-1]
-    x_RD, weight_D = _rows(x_D), weight_D.contiguous()
+    x_RD, weight_D = as_rows(x_D), weight_D.contiguous()
     out_D = torch.empty(x_D.shape, dtype=out_dtype)
     library.run(
         "qiusuo_rms_norm", at(x_RD), KINDS[x_D.dtype], x_RD.stride(0), at(weight_D),
@@ -104,22 +108,32 @@ def _native(
     return out_D
 
 
-def _native_backward(
-    library: Native, grad_D: Tensor, x_D: Tensor, weight_D: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def native_gradients(
+    library: Native,
+    grad_D: Tensor,
+    x_D: Tensor,
+    weight_D: Tensor,
+    scale: Tensor,
+    past_D: Tensor | None = None,
+    also_rounded: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of x, of x once more in bfloat16 where that is wanted, and of the weight. ``past``:
+    a gradient of x's type that reaches x past the norm, and is added."""
     width = x_D.shape[-1]
-    x_RD, grad_D, weight_D = _rows(x_D), grad_D.contiguous(), weight_D.contiguous()
+    x_RD, grad_D, weight_D = as_rows(x_D), grad_D.contiguous(), weight_D.contiguous()
+    past_D = None if past_D is None else past_D.contiguous()
     grad_x_D = torch.empty(x_D.shape, dtype=x_D.dtype)
+    rounded_D = torch.empty(x_D.shape, dtype=torch.bfloat16) if also_rounded else None
     grad_weight_D = torch.empty(width)
     library.run(
         "qiusuo_rms_norm_backward", at(grad_D), KINDS[grad_D.dtype], at(x_RD), KINDS[x_D.dtype],
-        x_RD.stride(0), at(weight_D), KINDS[weight_D.dtype], at(scale), at(grad_x_D),
-        at(grad_weight_D), len(x_RD), width,
+        x_RD.stride(0), at(weight_D), KINDS[weight_D.dtype], at(scale), at(past_D), at(grad_x_D),
+        at(rounded_D), at(grad_weight_D), len(x_RD), width,
     )  # fmt: skip
-    return grad_x_D, grad_weight_D.to(weight_D.dtype)
+    return grad_x_D, rounded_D, grad_weight_D.to(weight_D.dtype)
 
 
-def _rows(x_D: Tensor) -> Tensor:
+def as_rows(x_D: Tensor) -> Tensor:
     """x as rows [R, D] at one distance from each other: a part of wider rows where it stands."""
     if x_D.stride(-1) != 1:
         x_D = x_D.contiguous()

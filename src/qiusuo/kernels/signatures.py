@@ -53,8 +53,11 @@ SIGNATURES = {
     "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],
     "qiusuo_sum_choices": [INT, AT, INT, AT, SIZE, AT, *[SIZE] * 2],
     "qiusuo_rms_norm": [INT, AT, INT, SIZE, AT, INT, AT, INT, AT, *[SIZE] * 2, FLOAT],
+    "qiusuo_add_rms_norm": [
+        INT, *[AT, INT, SIZE] * 2, AT, INT, *[AT] * 2, INT, AT, *[SIZE] * 2, FLOAT,
+    ],
     "qiusuo_rms_norm_backward": [
-        INT, AT, INT, AT, INT, SIZE, AT, INT, *[AT] * 3, *[SIZE] * 2,
+        INT, AT, INT, AT, INT, SIZE, AT, INT, *[AT] * 5, *[SIZE] * 2,
     ],
     "qiusuo_rotate": [INT, AT, INT, AT, SIZE, *[INT] * 2, AT, *[SIZE] * 5],
     "qiusuo_cross_entropy": [INT, AT, INT, *[AT] * 2, *[SIZE] * 2],

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qiusuo.kernels.fp8 import Scales, fp8_linear
 from qiusuo.kernels.linear import linear
 from qiusuo.kernels.norm import rms_norm
+from qiusuo.kernels.residual import add_and_norm
 from qiusuo.kernels.swiglu import swiglu
 from qiusuo.kernels.tile_mlp import fit_tiles, tile_mlp, tiles_learn
 
@@ -22,6 +23,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD, self.weight, self.eps)
+
+
+class ResidualNorm(RMSNorm):
+    """The norm of a residual stream, which does the sum before it too: (sum, normed) of the stream
+    and what the part before adds to it (None: nothing yet)."""
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, added_BTD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return add_and_norm(x_BTD, added_BTD, self.weight, self.eps)
 
 
 class Linear(nn.Linear):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -21,28 +21,29 @@ from qiusuo.model.moe import Experts, Routing
 if TYPE_CHECKING:
     from qiusuo.model.transformer import Block, Context
 
-Run = Callable[..., tuple[Tensor, Routing | None]]
+Out = TypeVar("Out")  # of a block: tensors
+Run = Callable[..., tuple[Out, Routing | None]]
 Formats = Sequence[tuple[Linear | Experts, Any]]  # modules, and how each computes in FP8
 
 
 def recomputed(
-    run: Run, block: Block, inputs: tuple[Tensor, ...], context: Context
-) -> tuple[Tensor, Routing | None]:
+    run: Run[Out], block: Block, inputs: tuple[Tensor | None, ...], context: Context
+) -> tuple[Out, Routing | None]:
     """``run(*inputs, context)``, a pass of the block, keeping ``inputs`` alone. Nothing in a block
     is random, so no generator is set back; autocast is as it was, by PyTorch."""
     formats = [(one, one.fp8) for one in block.modules() if isinstance(one, Linear | Experts)]
     first: list[Tensor | None] = []  # the experts of the first pass, once there was one
 
-    def once(*inputs: Tensor) -> tuple[Tensor, Routing | None]:
+    def once(*inputs: Tensor | None) -> tuple[Out, Routing | None]:
         if first:
             replayed = {} if first[0] is None else {block.layer: first[0]}
             with _set(formats):
                 return run(*inputs, context._replace(replayed=replayed))
-        out_BTD, routing = run(*inputs, context)
+        out, routing = run(*inputs, context)
         first.append(None if routing is None else routing.indices_MK)
-        return out_BTD, routing
+        return out, routing
 
-    found: tuple[Tensor, Routing | None] = checkpoint(
+    found: tuple[Out, Routing | None] = checkpoint(
         once, *inputs, use_reentrant=False, preserve_rng_state=False
     )
     return found

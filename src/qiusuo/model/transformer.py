@@ -17,11 +17,11 @@ from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.gqa import GroupedQueryAttention
 from qiusuo.model.groups import Group, Whole
-from qiusuo.model.layers import MLP, Linear, RMSNorm
+from qiusuo.model.layers import MLP, Linear, ResidualNorm, RMSNorm
 from qiusuo.model.low_bit import LowBitExperts, LowBitLinear
 from qiusuo.model.mla import MultiHeadLatentAttention
 from qiusuo.model.moe import Experts, MoE, Router, Routing
-from qiusuo.model.recompute import Run, recomputed
+from qiusuo.model.recompute import Out, Run, recomputed
 from qiusuo.model.rope import rotations
 
 # B batch, T new tokens, S visible tokens, D hidden, W vocabulary, P rope pairs, L MoE layers of the
@@ -44,7 +44,10 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."""
+    """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x).
+
+    The stream comes and goes as (x, added), what is yet to be added to it (None: nothing): whose
+    norm reads the sum next does the sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -54,18 +57,19 @@ class Block(nn.Module):
             self.mlp: MLP | MoE = MoE(config)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.self_attn(
-            self.input_layernorm(x_BTD), context.turns_BTP, context.groups, self.layer
-        )
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+    def forward(
+        self, x_BTD: Tensor, added_BTD: Tensor | None, context: Context
+    ) -> tuple[tuple[Tensor, Tensor], Routing | None]:
+        x_BTD, normed_BTD = self.input_layernorm(x_BTD, added_BTD)
+        attended_BTD = self.self_attn(normed_BTD, context.turns_BTP, context.groups, self.layer)
+        x_BTD, normed_BTD = self.post_attention_layernorm(x_BTD, attended_BTD)
         if isinstance(self.mlp, MoE):
             out_BTD, routing = self.mlp(normed_BTD, context.replayed.get(self.layer))
-            return x_BTD + out_BTD, routing
-        return x_BTD + self.mlp(normed_BTD), None
+            return (x_BTD, out_BTD), routing
+        return (x_BTD, self.mlp(normed_BTD)), None
 
 
 def _attention(config: ModelConfig) -> MultiHeadLatentAttention | GroupedQueryAttention:
@@ -82,7 +86,7 @@ class SharedHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class MTPBlock(Block):
@@ -103,8 +107,8 @@ class MTPBlock(Block):
         self, embedding_BTD: Tensor, hidden_BTD: Tensor, context: Context
     ) -> tuple[Tensor, Routing | None]:
         joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1)
-        x_BTD, routing = super().forward(self.eh_proj(joined), context)
-        return self.shared_head.norm(x_BTD), routing
+        stream, routing = super().forward(self.eh_proj(joined), None, context)
+        return self.shared_head.norm(*stream)[1], routing
 
 
 class Decoder(nn.Module):
@@ -121,7 +125,7 @@ class Decoder(nn.Module):
             for depth in range(config.num_nextn_predict_layers)
         ]
         self.layers = nn.ModuleList([*main, *mtp])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.depth = len(main)
 
     @property
@@ -166,13 +170,16 @@ class Transformer(nn.Module):
         context = self.context(tokens_BT, positions_BT, mask_BTS, groups)
         if experts_BTLK is not None:
             context = context._replace(replayed=self._by_layer(experts_BTLK, tokens_BT))
-        x_BTD = self.model.embed_tokens(tokens_BT)
+        x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
+        added_BTD: Tensor | None = None
         routings: dict[int, Routing] = {}
         for block in self.model.main_blocks:
-            x_BTD, routing = self._run(block, block, (x_BTD,), context)
+            if self._recomputes() and added_BTD is not None:
+                x_BTD, added_BTD = x_BTD + added_BTD, None  # a block's input is kept: one, not two
+            (x_BTD, added_BTD), routing = self._run(block, block, (x_BTD, added_BTD), context)
             if routing is not None:
                 routings[block.layer] = routing
-        return Hidden(self.model.norm(x_BTD), routings)
+        return Hidden(self.model.norm(x_BTD, added_BTD)[1], routings)
 
     def predict_ahead(
         self, hidden_BTD: Tensor, next_tokens_BT: Tensor, depth: int, context: Context
@@ -186,11 +193,14 @@ class Transformer(nn.Module):
         return Hidden(x_BTD, {} if routing is None else {block.layer: routing})
 
     def _run(
-        self, block: Block, run: Run, inputs: tuple[Tensor, ...], context: Context
-    ) -> tuple[Tensor, Routing | None]:
-        if self.recompute and torch.is_grad_enabled():
+        self, block: Block, run: Run[Out], inputs: tuple[Tensor | None, ...], context: Context
+    ) -> tuple[Out, Routing | None]:
+        if self._recomputes():
             return recomputed(run, block, inputs, context)
         return run(*inputs, context)
+
+    def _recomputes(self) -> bool:
+        return self.recompute and torch.is_grad_enabled()
 
     def context(
         self,

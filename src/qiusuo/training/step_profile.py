@@ -3,10 +3,11 @@
 The steps are those of training (``SupervisedSteps``), on random tokens. Each module of a part is
 timed by hooks where its forward and its backward pass begin and end; on a CPU these run one after
 the other, so what is between them is the part's own. The losses make their gradients in the forward
-pass and are no module: they have what the model's blocks leave of it. What no part claims is
-"rest": embedding, residual sums, gradients that are added up, what is counted for the log. The
-arithmetic of a part is counted from its shapes, as model/cost.py counts it; its rate stands beside
-that of a large matrix product, measured in the same minute.
+pass and are no module: they have what the model's blocks leave of it. The sums of the residual
+stream, and of its gradients, are done by the norms. What no part claims is "rest": embedding, other
+gradients that are added up, what is counted for the log. The arithmetic of a part is counted from
+its shapes, as model/cost.py counts it; its rate stands beside that of a large matrix product,
+measured in the same minute.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "routed experts": (Experts,),
     "routers": (Router,),
     "dense and shared MLPs": (MLP,),
-    "norms between them": (RMSNorm,),
+    "norms and residual sums": (RMSNorm,),
 }
 BLOCKS = "blocks"  # the embedding, all blocks and the last norm; MTP modules
 FORWARD, STEP = "forward passes", "step"  # the whole of them
