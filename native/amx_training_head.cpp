@@ -33,12 +33,12 @@ struct Forward {
     float *nats, *sums;
     bf16 *grad_x;
     int64_t d_steps, groups;
-    Scratch scratch;
     bf16 *turned, *woven;  // of each group: turned [GROUP/16][d_steps], woven [2 · d_steps][GROUP/32]
 
     Forward(const TrainingHead &call, float *nats, float *sums, bf16 *grad_x)
         : call(call), nats(nats), sums(sums), grad_x(grad_x), d_steps(amx::up(call.D, STEP)),
           groups(amx::up(call.W, GROUP)) {
+        thread_local Scratch scratch;
         turned = scratch.room<bf16>((grad_x ? 2 : 1) * groups * group_size());
         woven = turned + groups * group_size();
     }

@@ -27,7 +27,6 @@ struct Forward {
     int64_t d_steps, f_steps;
     std::vector<int64_t> busy;  // experts that have rows
     std::vector<Block> blocks;  // whose `expert` is a number of `busy`
-    Scratch scratch;
     bf16 *weights;  // of each: gate turned [f_steps][2][d_steps], up as well, down [d_steps][2][f_steps]
 
     Forward(const TrainingMlp &call, bf16 *y)
@@ -38,6 +37,7 @@ struct Forward {
                 blocks.push_back({static_cast<int64_t>(busy.size()), at, std::min(BLOCK_ROWS, end - at)});
             if (end > begin) busy.push_back(e);
         }
+        thread_local Scratch scratch;
         weights = scratch.room<bf16>(busy.size() * 3 * matrix());
     }
 
