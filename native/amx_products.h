@@ -42,17 +42,21 @@ inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t widt
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Rows first ... first + count - 1 as left tiles [tiles][width/32]; zeros beyond.
+// Rows first ... first + count - 1 as left tiles [tiles][width/32], one tile row `apart` tiles from the
+// next; zeros beyond.
 inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t width, int64_t tiles,
-                      bf16 *to) {
-    const int64_t steps = up(width, STEP);
+                      bf16 *to, int64_t apart) {
     for (int64_t r = 0; r < tiles * TILE; r++) {
         const uint8_t *const row = r < count ? rows.row(first + r) : nullptr;
-        bf16 *const own = to + r / TILE * steps * ELEMENTS + r % TILE * STEP;
-        for (int64_t step = 0; step < steps; step++)
+        bf16 *const own = to + r / TILE * apart * ELEMENTS + r % TILE * STEP;
+        for (int64_t step = 0; step < up(width, STEP); step++)
             _mm512_store_si512(own + step * ELEMENTS,
                                numbers_of(row, rows.kind, step * STEP, width));
     }
+}
+inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t width, int64_t tiles,
+                      bf16 *to) {
+    pack_rows(rows, first, count, width, tiles, to, up(width, STEP));
 }
 
 // Left tiles [tiles][steps] as left factors of rowsᵀ · x: [2 · steps][tiles/2].

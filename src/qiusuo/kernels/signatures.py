@@ -23,7 +23,23 @@ class TrainingMlp(ctypes.Structure):
     )  # fmt: skip
 
 
+class Projection(ctypes.Structure):
+    """``Projection`` of native/amx_training_linear.h."""
+
+    _fields_ = (("weight", AT), ("O", SIZE), ("y", AT), ("grad_weight", AT))
+
+
+class TrainingLinear(ctypes.Structure):
+    """``TrainingLinear`` of native/amx_training_linear.h."""
+
+    _fields_ = (
+        ("x", AT), ("x_kind", INT), ("weight_kind", INT), ("M", SIZE), ("D", SIZE),
+        ("count", SIZE), ("layers", ctypes.POINTER(Projection)),
+    )  # fmt: skip
+
+
 VIEW, MLP = ctypes.POINTER(View), ctypes.POINTER(TrainingMlp)
+LINEAR = ctypes.POINTER(TrainingLinear)
 SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
@@ -36,6 +52,8 @@ SIGNATURES = {
     "qiusuo_attend_backward": [*[VIEW] * 5, AT, *[VIEW] * 4, *[SIZE] * 7, FLOAT],
     "qiusuo_training_mlp": [MLP, AT],
     "qiusuo_training_mlp_backward": [MLP, *[AT] * 6],
+    "qiusuo_training_linear": [LINEAR],
+    "qiusuo_training_linear_backward": [LINEAR, AT],
     "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],
     "qiusuo_swiglu_backward": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, *[AT] * 5],
     "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],
