@@ -59,10 +59,22 @@ inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t wi
     pack_rows(rows, first, count, width, tiles, to, up(width, STEP));
 }
 
-// Left tiles [tiles][steps] as left factors of rowsᵀ · x: [2 · steps][tiles/2].
-inline void transpose_tiles(const bf16 *left, int64_t tiles, int64_t steps, bf16 *to) {
-    weave_tiles(left, tiles, steps, {to, 1, tiles / 2});
-    turn(to, tiles * steps, to);
+// Left tiles [tiles][steps], of 32 rows each two, as left factors of rowsᵀ · x: woven and turned.
+inline void transpose_tiles(const bf16 *left, int64_t tiles, int64_t steps, const Woven &to) {
+    for (int64_t tile = 0; tile < tiles; tile += 2)
+        for (int64_t step = 0; step < steps; step++)
+            for (int64_t half = 0; half < 2; half++) {
+                __m512i rows[16];
+                for (int64_t j = 0; j < 16; j++) {
+                    const bf16 *const from =
+                        left + ((tile + j / 8) * steps + step) * ELEMENTS + j % 8 * 2 * STEP;
+                    rows[j] = woven_half(_mm512_load_si512(from), _mm512_load_si512(from + STEP), half);
+                }
+                transpose(rows);
+                bf16 *const own =
+                    to.tiles + (tile / 2 * to.pair + (2 * step + half) * to.column) * ELEMENTS;
+                for (int64_t j = 0; j < 16; j++) _mm512_store_si512(own + j * STEP, rows[j]);
+            }
 }
 
 // Of a product: 32 rows, two tiles [2][steps] of the left factor, times 32 columns, two tiles

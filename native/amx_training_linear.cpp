@@ -64,14 +64,17 @@ struct Forward : Linear {
     void block(int64_t number) const {
         const int64_t first = number * BLOCK_ROWS, count = std::min(BLOCK_ROWS, call.M - first);
         thread_local Scratch scratch;
-        bf16 *const rows = scratch.room<bf16>(BLOCK_TILES * d_steps * ELEMENTS);
-        pack_rows(x(), first, count, call.D, up(count, PAIR) * 2, rows);
+        bf16 *const left = scratch.room<bf16>(2 * d_steps * ELEMENTS);
         const Tiles configured;
-        const bf16 *weight = weights;
-        for (int64_t i = 0; i < call.count; i++) {
-            const int64_t O = call.layers[i].O;
-            product(rows, weight, count, d_steps, call.layers[i].y + first * O, 1, O);
-            weight += up(O, STEP) * 2 * d_steps * ELEMENTS;
+        for (int64_t at = first; at < first + count; at += PAIR) {
+            const int64_t rows = std::min(PAIR, first + count - at);
+            pack_rows(x(), at, rows, call.D, 2, left);
+            const bf16 *weight = weights;
+            for (int64_t i = 0; i < call.count; i++) {
+                const int64_t O = call.layers[i].O;
+                product(left, weight, rows, d_steps, call.layers[i].y + at * O, 1, O);
+                weight += up(O, STEP) * 2 * d_steps * ELEMENTS;
+            }
         }
     }
 };
@@ -108,23 +111,26 @@ struct Backward : Linear {
     }
 
     void block(int64_t first, int64_t count, float *sums, bool fresh) const {
-        const int64_t tiles = up(count, PAIR) * 2, steps = tiles / 2;
-        const int64_t narrow = BLOCK_TILES * d_steps * ELEMENTS, wide = BLOCK_TILES * o_steps * ELEMENTS;
+        const int64_t steps = up(count, PAIR);
         thread_local Scratch scratch;
-        bf16 *const left = scratch.room<bf16>(narrow + wide + std::max(narrow, wide));
-        bf16 *const woven = left + std::max(narrow, wide), *const across = woven + narrow;
-        pack_rows(x(), first, count, call.D, tiles, left);
-        weave_tiles(left, tiles, d_steps, {woven, 1, steps});
-        bf16 *own = left;
-        for (int64_t i = 0; i < call.count; i++) {
-            const int64_t O = call.layers[i].O;
-            pack_rows({call.layers[i].y, 1, O}, first, count, O, tiles, own, o_steps);
-            own += up(O, STEP) * ELEMENTS;
+        bf16 *const left = scratch.room<bf16>((BLOCK_TILES + 2) * (d_steps + o_steps) * ELEMENTS);
+        bf16 *const woven = left + 2 * (d_steps + o_steps) * ELEMENTS;
+        bf16 *const across = woven + BLOCK_TILES * d_steps * ELEMENTS;
+        for (int64_t step = 0; step < steps; step++) {
+            const int64_t at = first + step * PAIR, rows = std::min(PAIR, count - step * PAIR);
+            pack_rows(x(), at, rows, call.D, 2, left);
+            weave_tiles(left, 2, d_steps, {woven + step * ELEMENTS, 1, steps});
+            bf16 *own = left;
+            for (int64_t i = 0; i < call.count; i++) {
+                const int64_t O = call.layers[i].O;
+                pack_rows({call.layers[i].y, 1, O}, at, rows, O, 2, own, o_steps);
+                own += up(O, STEP) * ELEMENTS;
+            }
+            transpose_tiles(left, 2, o_steps, {across + step * ELEMENTS, 1, steps});
+            if (grad_x)
+                product(left, weights, rows, o_steps, number_at(grad_x, call.x_kind, at * call.D),
+                        call.x_kind, call.D);
         }
-        if (grad_x)
-            product(left, weights, count, o_steps, number_at(grad_x, call.x_kind, first * call.D),
-                    call.x_kind, call.D);
-        transpose_tiles(left, tiles, o_steps, across);
         multiply({across, steps, 1}, {woven, steps, 1}, {sums, 2 * d_steps, 1}, 2 * o_steps,
                  2 * d_steps, steps, fresh);
     }

@@ -127,7 +127,7 @@ struct Slice {
         pack_rows({call.x, call.x_kind, D, call.pair, call.K}, first, count, D, tiles, x);
         weave_tiles(x, tiles, d_steps, {x_woven, 1, steps});
         pack_rows({work.grad_y, 1, D, call.pair, call.K}, first, count, D, tiles, dy);
-        transpose_tiles(dy, tiles, d_steps, dy_across);
+        transpose_tiles(dy, tiles, d_steps, {dy_across, 1, steps});
         find_slopes(first, count, tiles);
         void *const to = work.shares ? static_cast<void *>(work.shares + (number * work.rows() + first) * D)
                                      : work.grad_rows + first * D;
