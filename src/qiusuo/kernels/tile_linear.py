@@ -22,6 +22,13 @@ from qiusuo.kernels.signatures import Projection, TrainingLinear
 
 # M rows, D in, O out.
 
+LARGE = 1 << 17  # numbers of all weights, whose gradients must stay in the second-level cache
+
+
+def are_small(*weights_OD: Tensor) -> bool:
+    """Whether there are weights, and so small that one call is faster than PyTorch."""
+    return 0 < sum(weight_OD.numel() for weight_OD in weights_OD) <= LARGE
+
 
 def linears_reference(x: Tensor, *weights_OD: Tensor) -> tuple[Tensor, ...]:
     """The equation: x Wᵀ for each weight."""
