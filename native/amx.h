@@ -34,6 +34,10 @@ inline bool usable() {
     return known;
 }
 
+// GCC's intrinsics do not tell the compiler what they read: stores to what a tile is loaded from must
+// come before this, which must come before the load.
+inline void written() { asm volatile("" ::: "memory"); }
+
 // While one lives, all eight tiles of this thread are 16 × 64 bytes.
 struct Tiles {
     Tiles() {
@@ -43,6 +47,7 @@ struct Tiles {
             config[16 + 2 * tile] = 64;    // bytes of a row
             config[48 + tile] = TILE;      // rows
         }
+        written();
         _tile_loadconfig(config);
     }
     ~Tiles() { _tile_release(); }

@@ -78,6 +78,7 @@ void weave_queries(const bf16 *query, const Shape &shape, uint32_t *woven) {
 void score(const bf16 *rows, const uint32_t *queries, const Shape &shape, const Ahead &ahead,
            float *scores) {
     const int64_t stride = shape.width * 2, tile = amx::TILE * shape.width;
+    amx::written();
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t step = 0; step < shape.width / amx::STEP; step++) {
@@ -140,6 +141,7 @@ void soften(float *scores, int64_t valid, int64_t rows, const Shape &shape, cons
 void add_values(const bf16 *weights, const bf16 *values, int64_t rows, const Shape &shape,
                 float *sums) {
     const int64_t stride = shape.latent * 4;
+    amx::written();
     for (int64_t at = 0; at < shape.latent; at += 32) {
         _tile_loadd(0, sums + at, stride);
         _tile_loadd(1, sums + at + 16, stride);

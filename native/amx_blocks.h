@@ -113,6 +113,7 @@ inline void multiply_few(const Left &left, const Right &right, const Sums &sums,
                          bool fresh) {
     float *const low = sums.tiles, *const high = sums.tiles + sums.row * SUMS;
     const int64_t beside = sums.column * SUMS;
+    written();
     if (fresh) {
         _tile_zero(0);
         if (N > 1) _tile_zero(1);

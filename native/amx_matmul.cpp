@@ -129,6 +129,7 @@ void weave(const bf16 *const *rows, int64_t columns, uint32_t *woven) {
 // 16 rows at a and 16 at b times one or two groups: a·x0, a·x1, b·x0, b·x1, each [16 rows][16].
 inline void multiply(const bf16 *a, const bf16 *b, int64_t stride, const uint32_t *x0,
                      const uint32_t *x1, int64_t steps, float *out) {
+    amx::written();
     _tile_zero(0);
     _tile_zero(2);
     if (x1) {

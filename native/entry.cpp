@@ -1,6 +1,7 @@
 // The C interface, and which instruction set answers it.
 #include "amx_attention.h"
 #include "amx_training_attention.h"
+#include "amx_training_head.h"
 #include "amx_training_linear.h"
 #include "amx_training_mlp.h"
 #include "kernels.h"
@@ -128,6 +129,16 @@ void qiusuo_attend_backward(const View *q, const View *k, const View *v, const V
                             float scale) {
     amx_attend_backward({*q, *k, *v, mask, B, H, K, T, S, E, V, scale}, *out, sums, *grad_out,
                         *grad_q, *grad_k, *grad_v);
+}
+
+// The head's cross-entropy; amx_training_head.h. Only where the instruction set is 5.
+void qiusuo_training_head(const TrainingHead *call, float *nats, float *sums, void *grad_x) {
+    amx_training_head(*call, nats, sums, static_cast<uint16_t *>(grad_x));
+}
+
+void qiusuo_training_head_backward(const TrainingHead *call, const float *sums, const float *scale,
+                                   void *grad_head) {
+    amx_training_head_backward(*call, sums, scale, grad_head);
 }
 
 // SwiGLU networks that learn; amx_training_mlp.h. Only where the instruction set is 5.

@@ -8,6 +8,7 @@
 
 #include "compare.h"
 #include "learning.h"
+#include "learning_head.h"
 #include "numbers.h"
 
 extern "C" {
@@ -384,6 +385,7 @@ int main() {
         check_attention(isa);
         check_attends(isa);
         check_mlps(isa);
+        check_heads(isa);
         std::printf("%d: %s\n", isa, name);
     }
     std::printf("%d numbers compared, %d wrong\n", compared, failures);

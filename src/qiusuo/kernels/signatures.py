@@ -23,6 +23,15 @@ class TrainingMlp(ctypes.Structure):
     )  # fmt: skip
 
 
+class TrainingHead(ctypes.Structure):
+    """``TrainingHead`` of native/amx_training_head.h."""
+
+    _fields_ = (
+        ("x", AT), ("x_kind", INT), ("head", AT), ("head_kind", INT), ("labels", AT), ("M", SIZE),
+        ("D", SIZE), ("W", SIZE),
+    )  # fmt: skip
+
+
 class Projection(ctypes.Structure):
     """``Projection`` of native/amx_training_linear.h."""
 
@@ -39,6 +48,7 @@ class TrainingLinear(ctypes.Structure):
 
 
 VIEW, MLP = ctypes.POINTER(View), ctypes.POINTER(TrainingMlp)
+HEAD = ctypes.POINTER(TrainingHead)
 LINEAR = ctypes.POINTER(TrainingLinear)
 SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
@@ -52,6 +62,8 @@ SIGNATURES = {
     "qiusuo_attend_backward": [*[VIEW] * 5, AT, *[VIEW] * 4, *[SIZE] * 7, FLOAT],
     "qiusuo_training_mlp": [MLP, AT],
     "qiusuo_training_mlp_backward": [MLP, *[AT] * 6],
+    "qiusuo_training_head": [HEAD, *[AT] * 3],
+    "qiusuo_training_head_backward": [HEAD, *[AT] * 3],
     "qiusuo_training_linear": [LINEAR],
     "qiusuo_training_linear_backward": [LINEAR, AT],
     "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qiusuo.kernels.native import KINDS, at, native
+from qiusuo.kernels.native import KINDS, at
 from qiusuo.kernels.signatures import Projection, TrainingLinear
+from qiusuo.kernels.tile_mlp import tile_library
 
 # M rows, D in, O out.
 
@@ -56,7 +57,7 @@ class _TileLinears(torch.autograd.Function):
             for weight_OD in weights_OD
         )
         parts = [Projection(at(w), len(w), at(y)) for w, y in zip(weights_OD, ys_MO, strict=True)]
-        _tiles().qiusuo_training_linear(byref(_call(x_MD, weights_OD[0], parts)))
+        tile_library().qiusuo_training_linear(byref(_call(x_MD, weights_OD[0], parts)))
         ctx.save_for_backward(x_MD, *weights_OD)
         ctx.set_materialize_grads(False)
         return ys_MO
@@ -79,15 +80,8 @@ class _TileLinears(torch.autograd.Function):
             return (None,) * (1 + len(grads))
         grad_x_MD = torch.empty_like(x_MD) if ctx.needs_input_grad[0] else None
         call = _call(x_MD, weights_OD[0], parts)
-        _tiles().qiusuo_training_linear_backward(byref(call), at(grad_x_MD))
+        tile_library().qiusuo_training_linear_backward(byref(call), at(grad_x_MD))
         return grad_x_MD, *grad_weights
-
-
-def _tiles() -> Any:
-    library = native()
-    assert library is not None
-    library.begin()
-    return library.library
 
 
 def _call(x_MD: Tensor, weight_OD: Tensor, parts: list[Projection]) -> TrainingLinear:

@@ -107,7 +107,7 @@ class _TileMLP(torch.autograd.Function):
         grad_MD = grads[0].to(torch.bfloat16).contiguous()
         grad_x_MD = torch.empty_like(grad_MD)
         weights = tuple(torch.empty_like(weight) for weight in (gate_FD, up_FD, down_DF))
-        _tiles().qiusuo_training_mlp_backward(
+        tile_library().qiusuo_training_mlp_backward(
             byref(call), at(grad_MD), at(grad_x_MD), None, *map(at, weights)
         )
         return grad_x_MD.to(x_MD.dtype), *weights
@@ -141,7 +141,7 @@ class _TileExperts(torch.autograd.Function):
         grad_RD = grad_MD.new_empty(len(pair_R), grad_MD.shape[1])
         grad_weights_P = torch.empty_like(weights_P)
         grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-        _tiles().qiusuo_training_mlp_backward(
+        tile_library().qiusuo_training_mlp_backward(
             byref(call), at(grad_MD), at(grad_RD), at(grad_weights_P),
             *_gate_and_up(grad_gate_up_EGD), at(grad_down_EDF),
         )  # fmt: skip
@@ -153,7 +153,8 @@ class _TileExperts(torch.autograd.Function):
         return grad_x_MD, grad_weights_MK, None, grad_gate_up_EGD, grad_down_EDF
 
 
-def _tiles() -> Any:
+def tile_library() -> Any:
+    """The library, where ``tiles_learn`` has said that it is there."""
     library = native()
     assert library is not None
     library.begin()
@@ -166,7 +167,7 @@ def _told(rows: Tensor) -> tuple[int | None, int]:
 
 def _run(call: TrainingMlp, x: Tensor, rows: int) -> Tensor:
     y_RD = x.new_empty(rows, call.D, dtype=torch.bfloat16)
-    _tiles().qiusuo_training_mlp(byref(call), at(y_RD))
+    tile_library().qiusuo_training_mlp(byref(call), at(y_RD))
     return y_RD
 
 
