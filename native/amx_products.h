@@ -33,6 +33,13 @@ constexpr int64_t BLOCK_ROWS = 256;                // rows of x worked on at a t
 constexpr int64_t BLOCK_TILES = BLOCK_ROWS / TILE;
 constexpr int64_t PAIR = 2 * TILE;                 // rows and columns worked on at a time
 
+inline const void *number_at(const void *rows, int kind, int64_t at) {
+    return static_cast<const uint8_t *>(rows) + at * (kind ? 2 : 4);
+}
+inline void *number_at(void *rows, int kind, int64_t at) {
+    return static_cast<uint8_t *>(rows) + at * (kind ? 2 : 4);
+}
+
 // 32 numbers of a row from `at` on, within its width; zeros where there is no row.
 inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t width) {
     const __mmask32 mask = row ? within(width, at) : 0;
@@ -43,12 +50,14 @@ inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t widt
 }
 
 // Rows first ... first + count - 1 as left tiles [tiles][width/32], one tile row `apart` tiles from the
-// next; zeros beyond.
+// next; zeros beyond. The 32 rows that follow are called for, to come while these are multiplied.
 inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t width, int64_t tiles,
                       bf16 *to, int64_t apart) {
     for (int64_t r = 0; r < tiles * TILE; r++) {
         const uint8_t *const row = r < count ? rows.row(first + r) : nullptr;
         bf16 *const own = to + r / TILE * apart * ELEMENTS + r % TILE * STEP;
+        for (int64_t at = 0; row && !rows.pair && at < width; at += rows.kind ? 32 : 16)
+            _mm_prefetch(number_at(row, rows.kind, PAIR * rows.stride + at), _MM_HINT_T1);
         for (int64_t step = 0; step < up(width, STEP); step++)
             _mm512_store_si512(own + step * ELEMENTS,
                                numbers_of(row, rows.kind, step * STEP, width));
@@ -100,23 +109,20 @@ inline void store_numbers(void *row, int kind, int64_t at, __mmask32 mask, __m51
     }
 }
 
-inline const void *number_at(const void *rows, int kind, int64_t at) {
-    return static_cast<const uint8_t *>(rows) + at * (kind ? 2 : 4);
-}
-inline void *number_at(void *rows, int kind, int64_t at) {
-    return static_cast<uint8_t *>(rows) + at * (kind ? 2 : 4);
-}
-
 // left [tiles][steps] · right [tiles of the width][steps], as rows of `width` numbers.
 inline void product(const bf16 *left, const bf16 *right, int64_t count, int64_t steps, void *out,
                     int kind, int64_t width) {
-    for (int64_t first = 0; first < count; first += PAIR)
+    for (int64_t first = 0; first < count; first += PAIR) {
+        const int64_t rows = std::min(PAIR, count - first);
+        void *const to = number_at(out, kind, first * width);
+        const auto call_for = [&](int64_t at) {  // its rows are far apart
+            for (int64_t r = 0; r < rows && at < width; r++)
+                _mm_prefetch(number_at(to, kind, r * width + at), _MM_HINT_T1);
+        };
+        call_for(0);
         for (int64_t at = 0; at < width; at += PAIR) {
-            const int64_t rows = std::min(PAIR, count - first);
             const __mmask32 mask = within(width, at);
-            void *const to = number_at(out, kind, first * width);
-            for (int64_t r = 0; r < rows; r++)  // far apart, so called for
-                _mm_prefetch(static_cast<char *>(number_at(to, kind, r * width + at)), _MM_HINT_ET0);
+            call_for(at + PAIR);
             const Square square(left + first / TILE * steps * ELEMENTS,
                                 right + at / TILE * steps * ELEMENTS, steps);
             for (int64_t r = 0; r < rows; r++) {
@@ -125,6 +131,7 @@ inline void product(const bf16 *left, const bf16 *right, int64_t count, int64_t 
                               _mm512_load_ps(row + SUMS));
             }
         }
+    }
 }
 
 }  // namespace amx
