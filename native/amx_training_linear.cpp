@@ -17,6 +17,7 @@ namespace {
 using namespace amx;
 
 constexpr int64_t PART = 1024;  // rows whose share of dW is one task, about
+constexpr int64_t PARTS = 16;   // at most: each share is as large as dW
 
 struct Linear {
     const TrainingLinear &call;
@@ -86,7 +87,7 @@ struct Backward : Linear {
     float *shares;        // of dW [parts][2 · o_steps][2 · d_steps] tiles
 
     Backward(const TrainingLinear &call, void *grad_x) : Linear(call), grad_x(grad_x) {
-        parts = up(call.M, PART);
+        parts = std::min(up(call.M, PART), PARTS);
         if (parts > 1) parts = up(parts, 2) * 2;  // no thread shall be idle
         part = up(up(call.M, parts), PAIR) * PAIR;
         parts = up(call.M, part);

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qiusuo.kernels import tile_linear
 from qiusuo.kernels.native import native
-from qiusuo.kernels.tile_linear import LARGE, are_small, linears_reference, tile_linears
+from qiusuo.kernels.tile_linear import LARGE, gain_by_tiles, linears_reference, tile_linears
 from qiusuo.model import layers
 from qiusuo.model.layers import Linear, project
 from qiusuo.training.losses import language_model_losses, make_window
@@ -207,11 +206,12 @@ class TestWhenItIsTaken:
         assert seen
         assert calls == [1]
 
-    def test_large_ones_go_another_way(self) -> None:
-        half = torch.empty(LARGE // 512, 256)
-        assert are_small(half, half)
-        assert not are_small(half, half, half[:1])
-        assert not are_small()
+    def test_a_large_one_alone_goes_another_way(self) -> None:
+        weight = torch.empty(LARGE // 256 + 1, 256)
+        assert gain_by_tiles(weight[1:])
+        assert not gain_by_tiles(weight)
+        assert gain_by_tiles(weight, weight)
+        assert not gain_by_tiles()
 
     @pytest.mark.parametrize(
         ("changes", "expected"),
@@ -243,7 +243,7 @@ class TestWhenItIsTaken:
 
         found = grads()
         assert calls == expected
-        monkeypatch.setattr(tile_linear, "LARGE", 0)
+        monkeypatch.setattr(layers, "gain_by_tiles", lambda *weights: False)
         for one, other in zip(found, grads(), strict=True):
             assert (one - other).norm() < 0.03 * other.norm()
         assert calls == expected

@@ -23,12 +23,13 @@ from qiusuo.kernels.tile_mlp import tile_library
 
 # M rows, D in, O out.
 
-LARGE = 1 << 17  # numbers of all weights, whose gradients must stay in the second-level cache
+LARGE = 1 << 18  # numbers of a weight alone, beyond which PyTorch is as fast
 
 
-def are_small(*weights_OD: Tensor) -> bool:
-    """Whether there are weights, and so small that one call is faster than PyTorch."""
-    return 0 < sum(weight_OD.numel() for weight_OD in weights_OD) <= LARGE
+def gain_by_tiles(*weights_OD: Tensor) -> bool:
+    """Whether these weights are faster here than with PyTorch: several at any size that
+    ``fit_tiles`` takes, by what they share."""
+    return len(weights_OD) > 1 or (len(weights_OD) == 1 and weights_OD[0].numel() <= LARGE)
 
 
 def linears_reference(x: Tensor, *weights_OD: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from qiusuo.kernels.fp8 import Scales, fp8_linear
 from qiusuo.kernels.linear import linear
 from qiusuo.kernels.norm import rms_norm
 from qiusuo.kernels.swiglu import swiglu
-from qiusuo.kernels.tile_linear import are_small, tile_linears
+from qiusuo.kernels.tile_linear import gain_by_tiles, tile_linears
 from qiusuo.kernels.tile_mlp import fit_tiles, tile_mlp, tiles_learn
 
 # B batch, T tokens, D hidden, F intermediate.
@@ -38,7 +38,7 @@ class Linear(nn.Linear):
         if self.fp8 is not None:
             return fp8_linear(input, self.weight, self.bias, self.fp8)
         weights = _weights_for_tiles(input, self)
-        if are_small(*weights):
+        if gain_by_tiles(*weights):
             return tile_linears(input, *weights)[0]
         return linear(input, self.weight, self.bias, self.rows)
 
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each layer makes of x, in one call where that is faster."""
     weights = _weights_for_tiles(x, *layers)
-    if are_small(*weights):
+    if gain_by_tiles(*weights):
         return tile_linears(x, *weights)
     return tuple(layer(x) for layer in layers)
 
