@@ -9,6 +9,7 @@
 #pragma once
 #if defined(__x86_64__)
 #include "amx_blocks.h"
+#include "threads.h"
 
 // Rows in memory, `stride` numbers apart, of float32 (kind 0) or bfloat16 (kind 1). With `pair`, row r
 // is row pair[r] / K of them, and zeros where that is -1.
@@ -95,7 +96,10 @@ struct Square {
         multiply_few<2, 2>({rows, steps, 1}, {columns, steps, 1}, {sums, 2, 1}, steps, true);
     }
     // Where row r begins; its second 16 numbers are SUMS floats further.
-    const float *row(int64_t r) const { return sums + r / TILE * 2 * SUMS + r % TILE * TILE; }
+    const float *row(int64_t r) const { return row(sums, r); }
+    static const float *row(const float *sums, int64_t r) {
+        return sums + r / TILE * 2 * SUMS + r % TILE * TILE;
+    }
 };
 
 // 32 numbers of a row of the result, as float32 (kind 0) or bfloat16, as many as the mask says.
@@ -109,9 +113,16 @@ inline void store_numbers(void *row, int kind, int64_t at, __mmask32 mask, __m51
     }
 }
 
-// left [tiles][steps] · right [tiles of the width][steps], as rows of `width` numbers.
+constexpr int64_t DEEP = 8;  // steps of 32 rows and 32 columns that the nearest cache holds together
+
+// left [tiles][steps] · right [tiles of the width][steps], as rows of `width` numbers. Where there are
+// more steps than DEEP, so many at a time: sums of 32 rows wait in the second-level cache.
 inline void product(const bf16 *left, const bf16 *right, int64_t count, int64_t steps, void *out,
                     int kind, int64_t width) {
+    alignas(64) float one[4 * SUMS];
+    const int64_t apart = steps > DEEP ? 4 * SUMS : 0;  // from a square of sums to the next
+    float *const squares =
+        apart ? reinterpret_cast<float *>(kept_room(up(width, PAIR) * apart * sizeof(float))) : one;
     for (int64_t first = 0; first < count; first += PAIR) {
         const int64_t rows = std::min(PAIR, count - first);
         void *const to = number_at(out, kind, first * width);
@@ -119,16 +130,20 @@ inline void product(const bf16 *left, const bf16 *right, int64_t count, int64_t 
             for (int64_t r = 0; r < rows && at < width; r++)
                 _mm_prefetch(number_at(to, kind, r * width + at), _MM_HINT_T1);
         };
-        call_for(0);
-        for (int64_t at = 0; at < width; at += PAIR) {
-            const __mmask32 mask = within(width, at);
-            call_for(at + PAIR);
-            const Square square(left + first / TILE * steps * ELEMENTS,
-                                right + at / TILE * steps * ELEMENTS, steps);
-            for (int64_t r = 0; r < rows; r++) {
-                const float *const row = square.row(r);
-                store_numbers(number_at(to, kind, r * width), kind, at, mask, _mm512_load_ps(row),
-                              _mm512_load_ps(row + SUMS));
+        for (int64_t step = 0; step < steps; step += DEEP) {
+            const bool last = step + DEEP >= steps;
+            if (last) call_for(0);
+            for (int64_t at = 0; at < width; at += PAIR) {
+                if (last) call_for(at + PAIR);
+                float *const sums = squares + at / PAIR * apart;
+                multiply_few<2, 2>({left + (first / TILE * steps + step) * ELEMENTS, steps, 1},
+                                   {right + (at / TILE * steps + step) * ELEMENTS, steps, 1},
+                                   {sums, 2, 1}, std::min(DEEP, steps - step), step == 0);
+                for (int64_t r = 0; last && r < rows; r++) {
+                    const float *const row = Square::row(sums, r);
+                    store_numbers(number_at(to, kind, r * width), kind, at, within(width, at),
+                                  _mm512_load_ps(row), _mm512_load_ps(row + SUMS));
+                }
             }
         }
     }
