@@ -55,13 +55,16 @@ inline void turn(const bf16 *from, int64_t tiles, bf16 *to) {
     }
 }
 
-// Rows 2j and 2j + 1 of 32 numbers as woven rows j of two tiles.
-inline void weave(__m512i even, __m512i odd, bf16 *first, bf16 *second) {
+// Rows 2j and 2j + 1 of 32 numbers as woven row j: of their first 16 numbers, or of the others.
+inline __m512i woven_half(__m512i even, __m512i odd, int64_t half) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                          39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    _mm512_store_si512(first, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_store_si512(second, _mm512_permutex2var_epi16(even, high, odd));
+    return _mm512_permutex2var_epi16(
+        even, half ? _mm512_add_epi16(low, _mm512_set1_epi16(16)) : low, odd);
+}
+inline void weave(__m512i even, __m512i odd, bf16 *first, bf16 *second) {
+    _mm512_store_si512(first, woven_half(even, odd, 0));
+    _mm512_store_si512(second, woven_half(even, odd, 1));
 }
 
 // Where woven tiles go: of two tiles of rows one, for every 16 elements. Distances in tiles.

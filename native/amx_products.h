@@ -9,6 +9,7 @@
 #pragma once
 #if defined(__x86_64__)
 #include "amx_blocks.h"
+#include "threads.h"
 
 // Rows in memory, `stride` numbers apart, of float32 (kind 0) or bfloat16 (kind 1). With `pair`, row r
 // is row pair[r] / K of them, and zeros where that is -1.
@@ -33,6 +34,13 @@ constexpr int64_t BLOCK_ROWS = 128;                // rows of x worked on at a t
 constexpr int64_t BLOCK_TILES = BLOCK_ROWS / TILE;
 constexpr int64_t PAIR = 2 * TILE;                 // rows and columns worked on at a time
 
+inline const void *number_at(const void *rows, int kind, int64_t at) {
+    return static_cast<const uint8_t *>(rows) + at * (kind ? 2 : 4);
+}
+inline void *number_at(void *rows, int kind, int64_t at) {
+    return static_cast<uint8_t *>(rows) + at * (kind ? 2 : 4);
+}
+
 // 32 numbers of a row from `at` on, within its width; zeros where there is no row.
 inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t width) {
     const __mmask32 mask = row ? within(width, at) : 0;
@@ -42,26 +50,38 @@ inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t widt
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Rows first ... first + count - 1 as left tiles [tiles][width/32]; zeros beyond.
+// Rows first ... first + count - 1 as left tiles [tiles][width/32], one tile row `apart` tiles from the
+// next; zeros beyond. The 32 rows that follow are called for, to come while these are multiplied.
 inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t width, int64_t tiles,
-                      bf16 *to) {
-    const int64_t steps = up(width, STEP);
+                      bf16 *to, int64_t apart) {
     for (int64_t r = 0; r < tiles * TILE; r++) {
         const uint8_t *const row = r < count ? rows.row(first + r) : nullptr;
-        bf16 *const own = to + r / TILE * steps * ELEMENTS + r % TILE * STEP;
-        for (int64_t step = 0; step < steps; step++)
+        bf16 *const own = to + r / TILE * apart * ELEMENTS + r % TILE * STEP;
+        for (int64_t at = 0; row && !rows.pair && at < width; at += rows.kind ? 32 : 16)
+            _mm_prefetch(number_at(row, rows.kind, PAIR * rows.stride + at), _MM_HINT_T1);
+        for (int64_t step = 0; step < up(width, STEP); step++)
             _mm512_store_si512(own + step * ELEMENTS,
                                numbers_of(row, rows.kind, step * STEP, width));
     }
 }
+inline void pack_rows(const Rows &rows, int64_t first, int64_t count, int64_t width, int64_t tiles,
+                      bf16 *to) {
+    pack_rows(rows, first, count, width, tiles, to, up(width, STEP));
+}
 
-// One step of left tiles, `apart` tiles from each other, as left factors of rowsᵀ · x.
+// One step of left tiles, `apart` tiles from each other, of 32 rows each two, as left factors of
+// rowsᵀ · x: woven and turned.
 inline void transpose_step(const bf16 *left, int64_t apart, int64_t tiles, const Woven &to) {
-    weave_step(left, apart, tiles, to);
-    for (int64_t column = 0; column < 2; column++)
-        for (int64_t pair = 0; pair < tiles / 2; pair++) {
-            bf16 *const own = to.tiles + (column * to.column + pair * to.pair) * ELEMENTS;
-            turn(own, 1, own);
+    for (int64_t tile = 0; tile < tiles; tile += 2)
+        for (int64_t half = 0; half < 2; half++) {
+            __m512i rows[16];
+            for (int64_t j = 0; j < 16; j++) {
+                const bf16 *const from = left + (tile + j / 8) * apart * ELEMENTS + j % 8 * 2 * STEP;
+                rows[j] = woven_half(_mm512_load_si512(from), _mm512_load_si512(from + STEP), half);
+            }
+            transpose(rows);
+            bf16 *const own = to.tiles + (tile / 2 * to.pair + half * to.column) * ELEMENTS;
+            for (int64_t j = 0; j < 16; j++) _mm512_store_si512(own + j * STEP, rows[j]);
         }
 }
 
@@ -81,7 +101,10 @@ struct Square {
         multiply_few<2, 2>({rows, steps, 1}, {columns, steps, 1}, {sums, 2, 1}, steps, true);
     }
     // Where row r begins; its second 16 numbers are SUMS floats further.
-    const float *row(int64_t r) const { return sums + r / TILE * 2 * SUMS + r % TILE * TILE; }
+    const float *row(int64_t r) const { return row(sums, r); }
+    static const float *row(const float *sums, int64_t r) {
+        return sums + r / TILE * 2 * SUMS + r % TILE * TILE;
+    }
 };
 
 // 32 numbers of a row of the result, as float32 (kind 0) or bfloat16, as many as the mask says.
@@ -95,31 +118,40 @@ inline void store_numbers(void *row, int kind, int64_t at, __mmask32 mask, __m51
     }
 }
 
-inline const void *number_at(const void *rows, int kind, int64_t at) {
-    return static_cast<const uint8_t *>(rows) + at * (kind ? 2 : 4);
-}
-inline void *number_at(void *rows, int kind, int64_t at) {
-    return static_cast<uint8_t *>(rows) + at * (kind ? 2 : 4);
-}
+constexpr int64_t DEEP = 8;  // steps of 32 rows and 32 columns that the nearest cache holds together
 
-// left [tiles][steps] · right [tiles of the width][steps], as rows of `width` numbers.
+// left [tiles][steps] · right [tiles of the width][steps], as rows of `width` numbers. Where there are
+// more steps than DEEP, so many at a time: sums of 32 rows wait in the second-level cache.
 inline void product(const bf16 *left, const bf16 *right, int64_t count, int64_t steps, void *out,
                     int kind, int64_t width) {
-    for (int64_t first = 0; first < count; first += PAIR)
-        for (int64_t at = 0; at < width; at += PAIR) {
-            const int64_t rows = std::min(PAIR, count - first);
-            const __mmask32 mask = within(width, at);
-            void *const to = number_at(out, kind, first * width);
-            for (int64_t r = 0; r < rows; r++)  // far apart, so called for
-                _mm_prefetch(static_cast<char *>(number_at(to, kind, r * width + at)), _MM_HINT_ET0);
-            const Square square(left + first / TILE * steps * ELEMENTS,
-                                right + at / TILE * steps * ELEMENTS, steps);
-            for (int64_t r = 0; r < rows; r++) {
-                const float *const row = square.row(r);
-                store_numbers(number_at(to, kind, r * width), kind, at, mask, _mm512_load_ps(row),
-                              _mm512_load_ps(row + SUMS));
+    alignas(64) float one[4 * SUMS];
+    const int64_t apart = steps > DEEP ? 4 * SUMS : 0;  // from a square of sums to the next
+    float *const squares =
+        apart ? reinterpret_cast<float *>(kept_room(up(width, PAIR) * apart * sizeof(float))) : one;
+    for (int64_t first = 0; first < count; first += PAIR) {
+        const int64_t rows = std::min(PAIR, count - first);
+        void *const to = number_at(out, kind, first * width);
+        const auto call_for = [&](int64_t at) {  // its rows are far apart
+            for (int64_t r = 0; r < rows && at < width; r++)
+                _mm_prefetch(number_at(to, kind, r * width + at), _MM_HINT_T1);
+        };
+        for (int64_t step = 0; step < steps; step += DEEP) {
+            const bool last = step + DEEP >= steps;
+            if (last) call_for(0);
+            for (int64_t at = 0; at < width; at += PAIR) {
+                if (last) call_for(at + PAIR);
+                float *const sums = squares + at / PAIR * apart;
+                multiply_few<2, 2>({left + (first / TILE * steps + step) * ELEMENTS, steps, 1},
+                                   {right + (at / TILE * steps + step) * ELEMENTS, steps, 1},
+                                   {sums, 2, 1}, std::min(DEEP, steps - step), step == 0);
+                for (int64_t r = 0; last && r < rows; r++) {
+                    const float *const row = Square::row(sums, r);
+                    store_numbers(number_at(to, kind, r * width), kind, at, within(width, at),
+                                  _mm512_load_ps(row), _mm512_load_ps(row + SUMS));
+                }
             }
         }
+    }
 }
 
 }  // namespace amx

@@ -2,6 +2,7 @@
 #include "amx_attention.h"
 #include "amx_training_attention.h"
 #include "amx_training_head.h"
+#include "amx_training_linear.h"
 #include "amx_training_mlp.h"
 #include "kernels.h"
 #include "small.h"
@@ -151,6 +152,13 @@ void qiusuo_training_mlp_backward(const TrainingMlp *call, const void *grad_y, v
     amx_training_mlp_backward(*call, static_cast<const uint16_t *>(grad_y),
                               static_cast<uint16_t *>(grad_rows), grad_weights, grad_gate, grad_up,
                               grad_down);
+}
+
+// Projections that learn; amx_training_linear.h. Likewise.
+void qiusuo_training_linear(const TrainingLinear *call) { amx_training_linear(*call); }
+
+void qiusuo_training_linear_backward(const TrainingLinear *call, void *grad_x) {
+    amx_training_linear_backward(*call, grad_x);
 }
 
 // What stands between the products; between.h.

@@ -9,6 +9,7 @@
 #include "compare.h"
 #include "learning.h"
 #include "learning_head.h"
+#include "learning_linear.h"
 #include "numbers.h"
 
 extern "C" {
@@ -385,6 +386,7 @@ int main() {
         check_attention(isa);
         check_attends(isa);
         check_mlps(isa);
+        check_projections(isa);
         check_heads(isa);
         std::printf("%d: %s\n", isa, name);
     }

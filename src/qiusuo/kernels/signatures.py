@@ -32,8 +32,24 @@ class TrainingHead(ctypes.Structure):
     )  # fmt: skip
 
 
+class Projection(ctypes.Structure):
+    """``Projection`` of native/amx_training_linear.h."""
+
+    _fields_ = (("weight", AT), ("O", SIZE), ("y", AT), ("grad_weight", AT))
+
+
+class TrainingLinear(ctypes.Structure):
+    """``TrainingLinear`` of native/amx_training_linear.h."""
+
+    _fields_ = (
+        ("x", AT), ("x_kind", INT), ("weight_kind", INT), ("M", SIZE), ("D", SIZE),
+        ("count", SIZE), ("layers", ctypes.POINTER(Projection)),
+    )  # fmt: skip
+
+
 VIEW, MLP = ctypes.POINTER(View), ctypes.POINTER(TrainingMlp)
 HEAD = ctypes.POINTER(TrainingHead)
+LINEAR = ctypes.POINTER(TrainingLinear)
 SIGNATURES = {
     "qiusuo_linear": [INT, INT, AT, INT, *[AT] * 4, *[SIZE] * 4],
     "qiusuo_experts": [INT, INT, AT, INT, *[AT] * 7, *[SIZE] * 5],
@@ -48,6 +64,8 @@ SIGNATURES = {
     "qiusuo_training_mlp_backward": [MLP, *[AT] * 6],
     "qiusuo_training_head": [HEAD, *[AT] * 3],
     "qiusuo_training_head_backward": [HEAD, *[AT] * 3],
+    "qiusuo_training_linear": [LINEAR],
+    "qiusuo_training_linear_backward": [LINEAR, AT],
     "qiusuo_swiglu": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, AT],
     "qiusuo_swiglu_backward": [INT, INT, *[AT] * 2, SIZE, *[AT] * 2, *[SIZE] * 2, *[AT] * 5],
     "qiusuo_gather": [INT, AT, INT, AT, SIZE, AT, INT, *[SIZE] * 2],

@@ -21,7 +21,7 @@ from qiusuo.kernels.attention import (
 from qiusuo.kernels.rotation import rotate_halves
 from qiusuo.model.dense_config import DenseConfig
 from qiusuo.model.groups import Group, cut
-from qiusuo.model.layers import Linear
+from qiusuo.model.layers import Linear, project
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H query heads, K key-value heads,
 # G = H/K heads of a group, E head width, P = E/2.
@@ -46,9 +46,10 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """As ``MultiHeadLatentAttention``; a group that is "absorbed" gets the form for few
         queries, the shared one."""
-        q_BTHE = rotate_halves(self._heads(self.q_proj(x_BTD)), turns_BTP)
-        k_BTKE = rotate_halves(self._heads(self.k_proj(x_BTD)), turns_BTP)
-        parts = (q_BTHE, k_BTKE.flatten(-2), self.v_proj(x_BTD))
+        q_BTW, k_BTX, v_BTX = project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHE = rotate_halves(self._heads(q_BTW), turns_BTP)
+        k_BTKE = rotate_halves(self._heads(k_BTX), turns_BTP)
+        parts = (q_BTHE, k_BTKE.flatten(-2), v_BTX)
         outs = []
         for group, (q_part_BTHE, k_BTX, v_BTX) in cut(groups, *parts):
             seen = group.extend(layer, k_BTX, v_BTX)

@@ -30,7 +30,7 @@ from qiusuo.kernels.per_head import per_head
 from qiusuo.kernels.rotation import rotate_pairs
 from qiusuo.model.deepseek_config import DeepseekConfig
 from qiusuo.model.groups import Group, Seen, cut
-from qiusuo.model.layers import Linear, RMSNorm
+from qiusuo.model.layers import Linear, RMSNorm, project
 from qiusuo.model.low_bit import LowBitLinear
 
 # B batch, T new tokens, S tokens that can be seen, D hidden, H heads,
@@ -65,7 +65,9 @@ class MultiHeadLatentAttention(nn.Module):
         self, x_BTD: Tensor, turns_BTP: Tensor, groups: Sequence[Group], layer: int
     ) -> Tensor:
         """``turns``: RoPE of the new tokens' positions. ``layer``: whose cache grows."""
-        parts = (*self.queries(x_BTD, turns_BTP), *self.latents(x_BTD, turns_BTP))
+        to_query = self.q_a_proj if self.low_rank_query else self.q_proj
+        query_BTX, cached_BTZ = project(x_BTD, to_query, self.kv_a_proj_with_mqa)
+        parts = (*self.queries(query_BTX, turns_BTP), *self.latents(cached_BTZ, turns_BTP))
         outs = []
         for group, (q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR) in cut(groups, *parts):
             seen = group.extend(layer, latent_BTC, k_rope_BTR)
@@ -75,19 +77,17 @@ class MultiHeadLatentAttention(nn.Module):
         out_BTD: Tensor = self.o_proj(out_NHV.flatten(1)).view_as(x_BTD)
         return out_BTD
 
-    def queries(self, x_BTD: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, query_BTX: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's query, from it or from its low-rank form."""
         if self.low_rank_query:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        else:
-            q = self.q_proj(x_BTD)
-        q_BTHE = q.unflatten(-1, (self.heads, self.nope + self.rope))
+            query_BTX = self.q_b_proj(self.q_a_layernorm(query_BTX))
+        q_BTHE = query_BTX.unflatten(-1, (self.heads, self.nope + self.rope))
         q_nope_BTHN, q_rope_BTHR = q_BTHE.split((self.nope, self.rope), dim=-1)
         return q_nope_BTHN, rotate_pairs(q_rope_BTHR, turns_BTP)
 
-    def latents(self, x_BTD: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
+    def latents(self, cached_BTZ: Tensor, turns_BTP: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache keeps of each token: normed latent [B,T,C], turned rope key [B,T,R]."""
-        both = self.kv_a_proj_with_mqa(x_BTD)
-        latent_BTC, k_rope_BTR = both.split((self.latent, self.rope), dim=-1)
+        latent_BTC, k_rope_BTR = cached_BTZ.split((self.latent, self.rope), dim=-1)
         k_rope_BTR = rotate_pairs(k_rope_BTR[:, :, None], turns_BTP)[:, :, 0]
         return self.kv_a_layernorm(latent_BTC), k_rope_BTR
 
