@@ -41,6 +41,11 @@ inline void *number_at(void *rows, int kind, int64_t at) {
     return static_cast<uint8_t *>(rows) + at * (kind ? 2 : 4);
 }
 
+// 16 bfloat16 as floats.
+inline __m512 widened(__m256i numbers) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+}
+
 // 32 numbers of a row from `at` on, within its width; zeros where there is no row.
 inline __m512i numbers_of(const uint8_t *row, int kind, int64_t at, int64_t width) {
     const __mmask32 mask = row ? within(width, at) : 0;

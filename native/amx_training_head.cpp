@@ -169,22 +169,15 @@ struct Block {
         for (int64_t d = 0; d < call.D; d += PAIR) {
             const float *const sum = products_of(row) + d / TILE * SUMS;
             const __m512i of_label = numbers_of(own, call.head_kind, d, call.D);  // as it multiplied
-            const __m512 low = _mm512_fmsub_ps(_mm512_load_ps(sum), by, low_half(of_label));
-            const __m512 high = _mm512_fmsub_ps(_mm512_load_ps(sum + SUMS), by, high_half(of_label));
+            const __m512 low = _mm512_fmsub_ps(_mm512_load_ps(sum), by,
+                                               widened(_mm512_castsi512_si256(of_label)));
+            const __m512 high = _mm512_fmsub_ps(_mm512_load_ps(sum + SUMS), by,
+                                                widened(_mm512_extracti64x4_epi64(of_label, 1)));
             const __mmask32 mask = within(call.D, d);
             const __m512i found = (__m512i)_mm512_cvtne2ps_pbh(high, low);
             _mm512_mask_storeu_epi16(work.grad_x + at * call.D + d, mask,
                                      label < 0 ? _mm512_setzero_si512() : found);
         }
-    }
-
-    // 16 of 32 bfloat16 as floats.
-    static __m512 low_half(__m512i numbers) {
-        return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(numbers)), 16);
-    }
-    static __m512 high_half(__m512i numbers) {
-        return (__m512)_mm512_slli_epi32(
-            _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(numbers, 1)), 16);
     }
 };
 

@@ -4,7 +4,7 @@
 // they, their gradients and a block of rows of x and dy lie in the second-level cache together. All of
 // the expert's rows go by, block by block: the slice of the hidden rows is found again, then its slopes
 // 32 columns at a time, then what they add to the gradients of the weights and of x. Where there are
-// several slices, their shares of x's gradient are added up at the end, in their order.
+// several slices, their shares of x's gradient, rounded as it is, are added up at the end, in their order.
 #if defined(__x86_64__)
 #include "amx_training_mlp.h"
 
@@ -31,7 +31,7 @@ struct Backward {
     void *grad_gate, *grad_up, *grad_down;
     int64_t slices, slice;           // how many, and how wide
     std::vector<int64_t> busy;       // experts that have rows
-    float *shares;                   // of the gradient of x [slices][rows][D]; null for one slice
+    bf16 *shares;                    // of the gradient of x [slices][rows][D]; where it goes, for one
     float *pulls;                    // of the gradient of the rows' weights [slices][rows]
 
     Backward(const TrainingMlp &call, const bf16 *grad_y, bf16 *grad_rows, float *grad_weights,
@@ -46,7 +46,7 @@ struct Backward {
         for (int64_t e = 0; e < call.E; e++)
             if (call.starts[e + 1] > call.starts[e]) busy.push_back(e);
         thread_local Scratch shares_room, pulls_room;
-        shares = slices > 1 ? shares_room.room<float>(slices * rows() * call.D) : nullptr;
+        shares = slices > 1 ? shares_room.room<bf16>(slices * rows() * call.D) : grad_rows;
         pulls = grad_weights ? pulls_room.room<float>(slices * rows()) : nullptr;
     }
 
@@ -143,9 +143,7 @@ struct Slice {
         for (int64_t r = 0; r < PAIR; r++) weights[r] = r < count ? weight_of(call, first + r) : 0;
         alignas(64) float pulls[PAIR][TILE] = {};
         for (int64_t step = 0; step < f_steps; step++) square(step, weights, pair, pairs, pulls);
-        void *const to = work.shares ? static_cast<void *>(work.shares + (number * work.rows() + first) * D)
-                                     : work.grad_rows + first * D;
-        product(slopes, back, count, 2 * f_steps, to, !work.shares, D);
+        product(slopes, back, count, 2 * f_steps, work.shares + (number * work.rows() + first) * D, 1, D);
         if (!work.pulls) return;
         float *const sums = work.pulls + number * work.rows() + first;
         for (int64_t r = 0; r < count; r++) sums[r] = _mm512_reduce_add_ps(_mm512_load_ps(pulls[r]));
@@ -193,12 +191,12 @@ void Backward::run_slice(int64_t task) const {
 void Backward::add_shares(int64_t block) const {
     const int64_t first = block * BLOCK_ROWS, end = std::min(first + BLOCK_ROWS, rows());
     for (int64_t row = first; row < end; row++) {
-        for (int64_t at = 0; shares && at < call.D; at += 16) {
+        for (int64_t at = 0; slices > 1 && at < call.D; at += 16) {
             const __mmask16 mask = within(call.D, at);
             __m512 sum = _mm512_setzero_ps();
             for (int64_t number = 0; number < slices; number++)
-                sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(
-                                             mask, shares + (number * rows() + row) * call.D + at));
+                sum = _mm512_add_ps(sum, widened(_mm256_maskz_loadu_epi16(
+                                             mask, shares + (number * rows() + row) * call.D + at)));
             store_rounded(grad_rows + row * call.D + at, mask, sum);
         }
         if (!pulls || call.pair[row] < 0) continue;
@@ -216,7 +214,7 @@ void amx_training_mlp_backward(const TrainingMlp &call, const uint16_t *grad_y, 
     const Backward work(call, grad_y, grad_rows, grad_weights, grad_gate, grad_up, grad_down);
     auto slice = [&](int64_t task) { work.run_slice(task); };
     auto shares = [&](int64_t block) { work.add_shares(block); };
-    const int64_t blocks = work.shares || work.pulls ? up(work.rows(), BLOCK_ROWS) : 0;
+    const int64_t blocks = work.slices > 1 || work.pulls ? up(work.rows(), BLOCK_ROWS) : 0;
     const Stage stages[] = {stage_of(static_cast<int64_t>(work.busy.size()) * work.slices, slice),
                             stage_of(blocks, shares)};
     run_stages(stages, 2, 4 * work.rows() * (call.D + call.F));
