@@ -26,7 +26,7 @@ constexpr int64_t QUERIES = 128;  // of a block
 constexpr int64_t KEYS = 64;     // of a block
 constexpr int64_t SPAN = 512;    // queries whose factors are laid out at a time
 constexpr int64_t COLUMNS = KEYS / TILE;
-using Look = Seen<KEYS / 64>;
+using Look = Seen<KEYS / GROUP>;
 
 struct Work {
     int64_t key_steps, value_steps, key_tiles, value_tiles, rows;
@@ -92,7 +92,8 @@ inline Row row_of(const Work &work, const Look &seen, int64_t query, int64_t row
         weights[half] = amx::exp2(
             _mm512_fmsub_ps(_mm512_load_ps(work.scores + at + half * SUMS), scale, sum));
         if (Masked)
-            weights[half] = _mm512_maskz_mov_ps(seen.of(query, 2 * group + half), weights[half]);
+            weights[half] = _mm512_maskz_mov_ps(
+                static_cast<__mmask16>(seen.bits[group][query] >> half * TILE), weights[half]);
         grads[half] = _mm512_mul_ps(
             weights[half],
             _mm512_sub_ps(_mm512_load_ps(work.grad_weights + at + half * SUMS), delta));
@@ -155,7 +156,7 @@ void block(const Work &work, const Sight &sight, int64_t row, int64_t query, int
                                     {work.values + 2 * group * vs * ELEMENTS, vs, 1},
                                     {work.grad_weights, 2, 1}, vs, true);
             const int64_t at = row + part * GROUP;
-            if (seen[part].all) soften<false>(work, seen[part], part, at, group, scale);
+            if (seen[part].full[group]) soften<false>(work, seen[part], part, at, group, scale);
             else soften<true>(work, seen[part], part, at, group, scale);
         }
     const int64_t columns = 2 * (last - first), turned = row / GROUP * 2 * ELEMENTS;
