@@ -11,10 +11,9 @@
 #if defined(__x86_64__)
 #include "amx_training_attention.h"
 
-#include <cmath>
 #include <limits>
 
-#include "amx_products.h"
+#include "amx_transposed.h"
 #include "scratch.h"
 #include "sight.h"
 #include "threads.h"
@@ -191,23 +190,6 @@ void attend_block(const Work &work, const Look &seen, int64_t row, __m512 scale)
                   {work.results_of(row, 0), 2, 1}, work.value_tiles, 2, groups, fresh);
 }
 
-// Rows in memory as turned tiles [rows/16][width/32]; zeros beyond `count` and `width`.
-void pack_turned(const bf16 *rows, int64_t stride, int64_t count, int64_t width, int64_t tiles,
-                 bf16 *to) {
-    for (int64_t tile = 0; tile < tiles; tile++)
-        for (int64_t at = 0; at < width; at += amx::STEP, to += ELEMENTS) {
-            __m512i square[16];
-            for (int64_t i = 0; i < 16; i++) {
-                const int64_t row = tile * TILE + i;
-                const bf16 *const from = rows + row * stride + at;
-                _mm_prefetch(from + amx::AHEAD * stride, _MM_HINT_T0);
-                square[i] = _mm512_maskz_loadu_epi16(row < count ? amx::within(width, at) : 0, from);
-            }
-            amx::transpose(square);
-            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + i * amx::STEP, square[i]);
-        }
-}
-
 // Before the first key, of `count` <= 16 rows: what other keys gave, as if one key had given it.
 void begin_carried(const Work &work, int64_t row, int64_t count, int64_t V, const float *carried,
                    int64_t stride, const float *sums) {
@@ -226,29 +208,9 @@ void begin_carried(const Work &work, int64_t row, int64_t count, int64_t V, cons
     }
 }
 
-// 16 queries' results, 32 numbers of each from tile `tile` on, as dwords.
-void end_rounded(const Work &work, int64_t row, int64_t count, int64_t V, __m512 by, bf16 *out,
-                 int64_t stride) {
-    const __mmask16 some = _mm512_cmp_ps_mask(by, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    for (int64_t at = 0; at < V; at += amx::STEP) {
-        __m512i rows[16];
-        for (int64_t i = 0; i < 16; i++) {
-            const int64_t tile = at / TILE + i / 8;
-            const float *const results =
-                work.results_of(row, std::min(tile, work.value_tiles - 1)) + i % 8 * 2 * TILE;
-            rows[i] = amx::woven(_mm512_maskz_mul_ps(some, by, _mm512_load_ps(results)),
-                                 _mm512_maskz_mul_ps(some, by, _mm512_load_ps(results + TILE)));
-        }
-        amx::transpose(rows);
-        const __mmask32 mask = amx::within(V, at);
-        for (int64_t i = 0; i < count; i++)
-            _mm512_mask_storeu_epi16(out + i * stride + at, mask, rows[i]);
-    }
-}
-
-void end_carried(const Work &work, int64_t row, int64_t count, int64_t V, __m512 by, float *out,
-                 int64_t stride) {
-    const __mmask16 some = _mm512_cmp_ps_mask(by, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+// 16 queries' results in float32; zeros for those not in `some`.
+void end_carried(const Work &work, int64_t row, int64_t count, int64_t V, __mmask16 some, __m512 by,
+                 float *out, int64_t stride) {
     for (int64_t at = 0; at < V; at += TILE) {
         __m512i rows[16];
         for (int64_t i = 0; i < 16; i++)
@@ -284,8 +246,9 @@ void end_rows(const Work &work, int64_t row, int64_t count, int64_t V, void *out
                           _mm512_add_ps(_mm512_load_ps(work.largest + row), log2(total)));
     const __mmask16 some = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     const __m512 by = _mm512_maskz_div_ps(some, _mm512_set1_ps(1), total);
-    if (carried) end_carried(work, row, count, V, by, static_cast<float *>(out), stride);
-    else end_rounded(work, row, count, V, by, static_cast<bf16 *>(out), stride);
+    if (carried) end_carried(work, row, count, V, some, by, static_cast<float *>(out), stride);
+    else amx::write_transposed(work.results_of(row, 0), 2, V, some, by, count,
+                               static_cast<bf16 *>(out), stride);
 }
 
 // What one task does: queries [begin, end) of `heads` heads from `head` on, which share their keys.
@@ -351,7 +314,7 @@ void amx_attend(const Attention &call, const View &out, float *sums, bool carrie
             }
         };
         for (int64_t head = 0; head < span.heads; head++) {
-            pack_turned(span.at<bf16>(call.q, span.head + head, span.begin), call.q.row, count,
+            amx::pack_turned(span.at<bf16>(call.q, span.head + head, span.begin), call.q.row, count,
                         call.E, padded / TILE, work.queries + head * padded * work.key_steps * 32);
             if (carried)
                 each_16(head, 0, count, [&](int64_t row, int64_t rows, void *from, float *own) {
