@@ -133,21 +133,33 @@ void shrink(const Work &work, int64_t row, __m512 by) {
     }
 }
 
-// Scores of 16 queries, rows from `row` on, to weights, against the largest so far. `fresh`: nothing
-// was summed before.
-void soften(const Work &work, const Look &seen, int64_t row, __m512 scale, bool fresh) {
-    const int64_t tile = row % GROUP / TILE;
-    const __m512 nothing = _mm512_set1_ps(NOTHING);
-    __m512 most[4] = {nothing, nothing, nothing, nothing};
+// Scores of 32 queries, rows from `row` on; the largest of each.
+void score(const Work &work, const Look &seen, int64_t row, __m512 largest[2]) {
+    const int64_t steps = work.key_steps;
+    __m512 most[2][4];
+    for (int64_t i = 0; i < 8; i++) most[i / 4][i % 4] = _mm512_set1_ps(NOTHING);
     for (int64_t group = seen.first; group < seen.last; group++) {
-        const Square square(work, seen, tile, group);
-        for (int64_t half = 0; half < 2; half++) {
-            if (square.full) find_most<false>(square, half, most);
-            else if (square.any(half)) find_most<true>(square, half, most);
+        amx::multiply_few<2, 2>({work.keys + 2 * group * steps * ELEMENTS, steps, 1},
+                                {work.queries + row / TILE * steps * ELEMENTS, steps, 1},
+                                {work.scores + 4 * group * SUMS, 2, 1}, steps, true);
+        for (int64_t tile = 0; tile < 2; tile++) {
+            const Square square(work, seen, tile, group);
+            for (int64_t half = 0; half < 2; half++) {
+                if (square.full) find_most<false>(square, half, most[tile]);
+                else if (square.any(half)) find_most<true>(square, half, most[tile]);
+            }
         }
     }
-    const __m512 now = _mm512_mul_ps(
-        scale, _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
+    for (int64_t tile = 0; tile < 2; tile++)
+        largest[tile] = _mm512_max_ps(_mm512_max_ps(most[tile][0], most[tile][1]),
+                                      _mm512_max_ps(most[tile][2], most[tile][3]));
+}
+
+// Scores of 16 queries, rows from `row` on, to weights, against the largest so far. `fresh`: nothing
+// was summed before.
+void soften(const Work &work, const Look &seen, int64_t row, __m512 most, __m512 scale, bool fresh) {
+    const int64_t tile = row % GROUP / TILE;
+    const __m512 nothing = _mm512_set1_ps(NOTHING), now = _mm512_mul_ps(scale, most);
     const __m512 before = _mm512_load_ps(work.largest + row);
     const __m512 largest = _mm512_max_ps(now, before);  // in this order not NaN
     __m512 total = _mm512_load_ps(work.totals + row);
@@ -177,17 +189,16 @@ void soften(const Work &work, const Look &seen, int64_t row, __m512 scale, bool 
 
 // 32 queries, rows from `row` on, with a block of keys of which they see something.
 void attend_block(const Work &work, const Look &seen, int64_t row, __m512 scale) {
-    const int64_t steps = work.key_steps, groups = seen.last - seen.first;
     const __m512 before =
         _mm512_or_ps(_mm512_load_ps(work.totals + row), _mm512_load_ps(work.totals + row + TILE));
     const bool fresh = !_mm512_cmp_ps_mask(before, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    amx::multiply({work.keys + 2 * seen.first * steps * ELEMENTS, steps, 1},
-                  {work.queries + row / TILE * steps * ELEMENTS, steps, 1},
-                  {work.scores + 4 * seen.first * SUMS, 2, 1}, 2 * groups, 2, steps, true);
-    for (int64_t tile = 0; tile < 2; tile++) soften(work, seen, row + tile * TILE, scale, fresh);
+    __m512 most[2];
+    score(work, seen, row, most);
+    for (int64_t tile = 0; tile < 2; tile++)
+        soften(work, seen, row + tile * TILE, most[tile], scale, fresh);
     amx::multiply({work.values + seen.first * ELEMENTS, KEYS / GROUP, 1},
                   {work.weights + 2 * seen.first * ELEMENTS, 1, 2},
-                  {work.results_of(row, 0), 2, 1}, work.value_tiles, 2, groups, fresh);
+                  {work.results_of(row, 0), 2, 1}, work.value_tiles, 2, seen.last - seen.first, fresh);
 }
 
 // Before the first key, of `count` <= 16 rows: what other keys gave, as if one key had given it.

@@ -165,6 +165,17 @@ struct Block {
         return group >= seen[part].first && group < seen[part].last;
     }
 
+    // Scores of 32 queries with 32 keys, and grad_out · vᵀ.
+    void multiply(int64_t part, int64_t group) const {
+        const int64_t ks = work.key_steps, vs = work.value_steps, tile = row / TILE + 2 * part;
+        amx::multiply_few<2, 2>({work.keys + 2 * group * ks * ELEMENTS, ks, 1},
+                                {work.queries + tile * ks * ELEMENTS, ks, 1},
+                                {work.scores, 2, 1}, ks, true);
+        amx::multiply_few<2, 2>({work.values + 2 * group * vs * ELEMENTS, vs, 1},
+                                {work.toward + tile * vs * ELEMENTS, vs, 1},
+                                {work.grad_weights, 2, 1}, vs, true);
+    }
+
     // Pᵀ and dSᵀ of 32 keys and all the queries; the gradients of keys and values.
     void over_queries(int64_t group, __m512 scale) const {
         int64_t first = 0, last = parts;
@@ -173,18 +184,12 @@ struct Block {
         if (first >= last) return;
         const int64_t ks = work.key_steps, vs = work.value_steps;
         for (int64_t part = first; part < last; part++) {
-            const int64_t from = row + part * GROUP;
-            const Square square(work, seen[part], from, part, group, scale);
+            const Square square(work, seen[part], row + part * GROUP, part, group, scale);
             if (!sees(part, group)) {
                 square.blacken();
                 continue;
             }
-            amx::multiply_few<2, 2>({work.keys + 2 * group * ks * ELEMENTS, ks, 1},
-                                    {work.queries + from / TILE * ks * ELEMENTS, ks, 1},
-                                    {work.scores, 2, 1}, ks, true);
-            amx::multiply_few<2, 2>({work.values + 2 * group * vs * ELEMENTS, vs, 1},
-                                    {work.toward + from / TILE * vs * ELEMENTS, vs, 1},
-                                    {work.grad_weights, 2, 1}, vs, true);
+            multiply(part, group);
             if (seen[part].full[group]) square.soften<false>();
             else square.soften<true>();
         }
