@@ -326,7 +326,8 @@ void amx_attend(const Attention &call, const View &out, float *sums, bool carrie
         };
         for (int64_t head = 0; head < span.heads; head++) {
             amx::pack_turned(span.at<bf16>(call.q, span.head + head, span.begin), call.q.row, count,
-                        call.E, padded / TILE, work.queries + head * padded * work.key_steps * 32);
+                             call.E, padded / TILE,
+                             work.queries + head * padded * work.key_steps * amx::STEP);
             if (carried)
                 each_16(head, 0, count, [&](int64_t row, int64_t rows, void *from, float *own) {
                     begin_carried(work, row, rows, call.V, static_cast<float *>(from), out.row, own);
@@ -340,8 +341,12 @@ void amx_attend(const Attention &call, const View &out, float *sums, bool carrie
             for (int64_t row = 0; row < padded; row += GROUP) {
                 Look seen;
                 seen.look(sight, span.begin + row, key);
-                for (int64_t head = 0; head < span.heads; head++)
+                for (int64_t head = 0; head < span.heads; head++) {
+                    if (!carried && key == 0)  // their results', to come while they are made
+                        amx::call_for(span.at<bf16>(out, span.head + head, span.begin + row),
+                                      out.row, std::min(GROUP, count - row), call.V);
                     if (seen.any()) attend_block(work, seen, head * padded + row, scale);
+                }
             }
             key += KEYS;
         } while (key < last);
