@@ -39,7 +39,7 @@ struct Work {
     bf16 *keys, *values;                 // left [KEYS/16][steps]
     bf16 *keys_transposed;               // left [2 · key_steps][GROUPS]
     bf16 *weights, *grad_scores;         // Pᵀ and dSᵀ of 32 keys, left [2][PARTS]
-    bf16 *grad_scores_woven;             // [GROUPS][2 · PARTS]
+    bf16 *grad_scores_woven;             // [PARTS][GROUPS][2]
     float *scores, *grad_weights;        // sums [2 keys][2 queries]
     float *grad_keys, *grad_values;      // sums [S/16][tiles of the width]
 
@@ -131,7 +131,7 @@ struct Square {
             _mm512_store_si512(work.grad_scores + left, even.grads);
             _mm512_store_si512(work.grad_scores + left + amx::STEP, odd.grads);
             bf16 *const woven = work.grad_scores_woven +
-                                (group * PARTS + part) * 2 * ELEMENTS + key / 2 * amx::STEP;
+                                (part * GROUPS + group) * 2 * ELEMENTS + key / 2 * amx::STEP;
             amx::weave(even.grads, odd.grads, woven, woven + ELEMENTS);
         }
     }
@@ -143,7 +143,7 @@ struct Square {
             std::memset(work.weights + left, 0, ELEMENTS * sizeof(bf16));
             std::memset(work.grad_scores + left, 0, ELEMENTS * sizeof(bf16));
         }
-        std::memset(work.grad_scores_woven + (group * PARTS + part) * 2 * ELEMENTS, 0,
+        std::memset(work.grad_scores_woven + (part * GROUPS + group) * 2 * ELEMENTS, 0,
                     2 * ELEMENTS * sizeof(bf16));
     }
 };
@@ -204,15 +204,16 @@ struct Block {
                       work.key_tiles, last - first, false);
     }
 
-    // The gradients of 32 queries, when all the keys' dSᵀ are made.
+    // The gradients of 32 queries, when all the keys' dSᵀ are made. The first block begins them.
     void over_keys(int64_t part) const {
         const Look &look = seen[part];
-        if (!look.any()) return;
-        amx::multiply({work.keys_transposed + look.first * ELEMENTS, GROUPS, 1},
-                      {work.grad_scores_woven + (look.first * PARTS + part) * 2 * ELEMENTS, 1,
-                       2 * PARTS},
-                      {work.grad_queries + (row / TILE + 2 * part) * work.key_tiles * SUMS, 2, 1},
-                      work.key_tiles, 2, look.last - look.first, false);
+        float *const sums = work.grad_queries + (row / TILE + 2 * part) * work.key_tiles * SUMS;
+        if (look.any())
+            amx::multiply({work.keys_transposed + look.first * ELEMENTS, GROUPS, 1},
+                          {work.grad_scores_woven + (part * GROUPS + look.first) * 2 * ELEMENTS, 1, 2},
+                          {sums, 2, 1}, work.key_tiles, 2, look.last - look.first, key == 0);
+        else if (key == 0)
+            std::memset(sums, 0, 2 * work.key_tiles * SUMS * sizeof(float));
     }
 
     void run(__m512 scale) const {
@@ -260,16 +261,20 @@ void recall(const Work &work, int64_t count, int64_t V, const float *sums, const
     }
 }
 
-// Sums [count/16][tiles] of rows.
+// Sums [count/16][tiles], times a scale, as rows.
 void write_rows(const float *sums, int64_t tiles, int64_t count, int64_t width, float scale, bf16 *to,
                 int64_t stride) {
     const __m512 by = _mm512_set1_ps(scale);
     for (int64_t row = 0; row < count; row++)
-        for (int64_t tile = 0; tile < tiles; tile++)
-            amx::store_rounded(to + row * stride + tile * TILE, amx::within(width, tile * TILE),
-                               _mm512_mul_ps(by, _mm512_load_ps(sums + (row / TILE * tiles + tile) *
-                                                                           SUMS +
-                                                                row % TILE * TILE)));
+        for (int64_t tile = 0; tile < tiles; tile += 2) {
+            const float *const low =
+                sums + (row / TILE * tiles + tile) * SUMS + row % TILE * TILE;
+            const float *const high = tile + 1 < tiles ? low + SUMS : low;
+            _mm512_mask_storeu_epi16(
+                to + row * stride + tile * TILE, amx::within(width, tile * TILE),
+                (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(by, _mm512_load_ps(high)),
+                                             _mm512_mul_ps(by, _mm512_load_ps(low))));
+        }
 }
 
 }  // namespace
@@ -299,8 +304,10 @@ void amx_attend_backward(const Attention &call, const View &out, const float *su
             lay_both(toward, grad_out.row, count, call.V, work.toward, work.toward_woven);
             recall(work, count, call.V, sums + (batch * call.H + head) * call.T + begin,
                    rows_of(out, head, begin), out.row, toward, grad_out.row);
-            std::memset(work.grad_queries, 0, padded * work.key_tiles * TILE * sizeof(float));
-            for (int64_t key = 0; key < sight.end(end - 1); key += KEYS) {
+            const int64_t seen = sight.end(end - 1);
+            if (!seen)
+                std::memset(work.grad_queries, 0, padded * work.key_tiles * TILE * sizeof(float));
+            for (int64_t key = 0; key < seen; key += KEYS) {
                 const int64_t keys = std::min(KEYS, call.S - key), key_tiles = up(keys, GROUP) * 2;
                 if (span == 0 || call.S > KEYS) {  // else they are laid out already
                     amx::pack_left(rows_of(call.k, shared, key), call.k.row, keys, call.E,
