@@ -227,9 +227,19 @@ struct Block {
 void lay_both(const bf16 *rows, int64_t stride, int64_t count, int64_t width, bf16 *turned,
               bf16 *woven) {
     const int64_t tiles = up(count, GROUP) * 2, steps = up(width, amx::STEP);
-    amx::pack_left(rows, stride, count, width, tiles, turned);
-    amx::weave_tiles(turned, tiles, steps, {woven, 2 * steps, 1});
-    amx::turn(turned, tiles * steps, turned);
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t step = 0; step < steps; step++, turned += ELEMENTS) {
+            __m512i square[16];
+            amx::load_square(rows, stride, tile * TILE, count, step * amx::STEP, width, square);
+            bf16 *const to = woven + (tile / 2 * steps + step) * 2 * ELEMENTS +
+                             tile % 2 * (ELEMENTS / 2);
+            for (int64_t j = 0; j < 8; j++)
+                amx::weave(square[2 * j], square[2 * j + 1], to + j * amx::STEP,
+                           to + j * amx::STEP + ELEMENTS);
+            amx::transpose(square);
+            for (int64_t i = 0; i < 16; i++)
+                _mm512_store_si512(turned + i * amx::STEP, square[i]);
+        }
 }
 
 // Every query's sum and δ; of those that see nothing, or do not exist, such that their weights are 0.

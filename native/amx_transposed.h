@@ -6,18 +6,23 @@
 AMX_BEGIN
 namespace amx {
 
-// Rows in memory as turned tiles [tiles][width/32]; zeros beyond `count` and `width`.
+// 32 numbers, from `at` on, of 16 rows, from `first` on; zeros beyond `count` and `width`.
+inline void load_square(const bf16 *rows, int64_t stride, int64_t first, int64_t count, int64_t at,
+                        int64_t width, __m512i square[16]) {
+    for (int64_t row = first; row < first + 16; row++) {
+        const bf16 *const from = rows + row * stride + at;
+        _mm_prefetch(from + AHEAD * stride, _MM_HINT_T0);
+        square[row - first] = _mm512_maskz_loadu_epi16(row < count ? within(width, at) : 0, from);
+    }
+}
+
+// Rows in memory as turned tiles [tiles][width/32].
 inline void pack_turned(const bf16 *rows, int64_t stride, int64_t count, int64_t width,
                         int64_t tiles, bf16 *to) {
     for (int64_t tile = 0; tile < tiles; tile++)
         for (int64_t at = 0; at < width; at += STEP, to += ELEMENTS) {
             __m512i square[16];
-            for (int64_t i = 0; i < 16; i++) {
-                const int64_t row = tile * TILE + i;
-                const bf16 *const from = rows + row * stride + at;
-                _mm_prefetch(from + AHEAD * stride, _MM_HINT_T0);
-                square[i] = _mm512_maskz_loadu_epi16(row < count ? within(width, at) : 0, from);
-            }
+            load_square(rows, stride, tile * TILE, count, at, width, square);
             transpose(square);
             for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + i * STEP, square[i]);
         }
