@@ -77,7 +77,8 @@ struct Square {
           bits(_mm512_load_si512(seen.bits[group] + tile * TILE)) {}
 
     bool any(int64_t half) const {
-        return full || _mm512_test_epi32_mask(bits, _mm512_set1_epi32(static_cast<int>(0xffffu << 16 * half)));
+        const int keys = static_cast<int>(0xffffu << 16 * half);
+        return full || _mm512_test_epi32_mask(bits, _mm512_set1_epi32(keys));
     }
     __m512 score(int64_t half, int64_t key) const {
         return _mm512_load_ps(scores + half * 2 * SUMS + key * TILE);
