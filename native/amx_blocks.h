@@ -32,6 +32,13 @@ inline __mmask32 within(int64_t width, int64_t at) {
 // Rows of a head lie far apart, where the processor does not expect them: they are called for early.
 constexpr int64_t AHEAD = 16;
 
+// Rows that will be read or written later are called for into the second-level cache.
+inline void call_for(const bf16 *rows, int64_t stride, int64_t count, int64_t width) {
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t at = 0; at < width; at += STEP)
+            _mm_prefetch(rows + row * stride + at, _MM_HINT_T1);
+}
+
 // Rows in memory as left tiles [tiles][width/32]; zeros beyond `count` and `width`.
 inline void pack_left(const bf16 *rows, int64_t stride, int64_t count, int64_t width, int64_t tiles,
                       bf16 *to) {

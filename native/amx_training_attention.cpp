@@ -1,216 +1,175 @@
 // Softmax attention of many queries on AMX, forward (FlashAttention, arXiv:2205.14135, on a CPU).
 //
-// One task is a span of one head's queries. Its keys and values go by in blocks, each laid out once
-// as right factors; then 32 queries at a time make their scores with the block, soften them against
-// the largest so far and add the weighted values. Nothing is kept but the result and one number for
-// each query, the logarithm of its softmax's sum, from which the backward pass finds the weights
-// again. A query's result depends on what it sees alone: not on its neighbours, nor on the threads.
+// One task is a span of queries of one head, or short heads side by side that share their keys. Keys
+// and values go by in blocks, each laid out once as left factors; then 32 queries at a time make
+// their scores with the block, soften them against the largest so far and add the weighted values.
+// Scores, weights and results are transposed, [keys][queries] and [width][queries]: what every query
+// has one of, its largest score and its sum, lies side by side for 16 queries, and weights are right
+// factors as they come out. Nothing is kept but the result and one number for each query, the
+// logarithm of its softmax's sum, from which the backward pass finds the weights again. A query's
+// result depends on what it sees alone: not on its neighbours, nor on the threads.
 #if defined(__x86_64__)
 #include "amx_training_attention.h"
 
-#include <cmath>
-#include <limits>
-
-#include "amx_blocks.h"
-#include "scratch.h"
-#include "sight.h"
+#include "amx_attend_block.h"
 #include "threads.h"
 
 AMX_BEGIN
 namespace {
 
-using amx::bf16;
-using amx::ELEMENTS;
-using amx::SUMS;
-using amx::TILE;
-using amx::up;
-constexpr int64_t KEYS = 256;  // of a block
-constexpr int64_t SPAN = 512;  // queries of a task
-constexpr int64_t COLUMNS = KEYS / TILE;
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-using Look = Seen<KEYS / 64>;
-
-struct Work {
-    int64_t key_steps, value_steps, value_tiles;
-    bf16 *queries;    // left [SPAN/16][key_steps]
-    bf16 *keys;       // turned [KEYS/16][key_steps]
-    bf16 *values;     // woven [KEYS/32][2 · value_steps]
-    bf16 *laying;     // values as left tiles
-    bf16 *weights;    // left [2][KEYS/32], of 32 queries
-    float *scores;    // sums [2][KEYS/16]
-    float *results;   // sums [SPAN/16][value_tiles]
-    float *totals;    // [SPAN][16 parts], of the softmaxes' sums
-    float *largest;   // [SPAN], scaled, to base 2
-
-    Work(const Attention &call, int64_t queries_count)
-        : key_steps(up(call.E, amx::STEP)), value_steps(up(call.V, amx::STEP)),
-          value_tiles(up(call.V, TILE)) {
-        thread_local Scratch scratch;
-        const int64_t rows = up(queries_count, GROUP) * GROUP;
-        Room counted;
-        lay(counted, rows);
-        Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
-        lay(room, rows);
+// Before the first key, of `count` <= 16 rows: what other keys gave, as if one key had given it.
+void begin_carried(const Work &work, int64_t row, int64_t count, int64_t V, const float *carried,
+                   int64_t stride, const float *sums) {
+    for (int64_t i = 0; i < count; i++) {
+        work.largest[row + i] = sums[i];
+        work.totals[row + i] = sums[i] > NOTHING;
     }
+    for (int64_t at = 0; at < V; at += TILE) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < 16; i++)
+            rows[i] = (__m512i)_mm512_maskz_loadu_ps(i < count ? amx::within(V, at) : 0,
+                                                     carried + i * stride + at);
+        amx::transpose(rows);
+        float *const to = work.results_of(row, at / TILE);
+        for (int64_t i = 0; i < 16; i++) _mm512_store_si512(to + i * TILE, rows[i]);
+    }
+}
 
-  private:
-    void lay(Room &room, int64_t rows) {
-        queries = room.take<bf16>(rows / TILE * key_steps * ELEMENTS);
-        keys = room.take<bf16>(COLUMNS * key_steps * ELEMENTS);
-        values = room.take<bf16>(COLUMNS * value_steps * ELEMENTS);
-        laying = room.take<bf16>(COLUMNS * value_steps * ELEMENTS);
-        weights = room.take<bf16>(COLUMNS * ELEMENTS);
-        scores = room.take<float>(2 * COLUMNS * SUMS);
-        results = room.take<float>(rows / TILE * value_tiles * SUMS);
-        totals = room.take<float>(rows * TILE);
-        largest = room.take<float>(rows);
+// 16 queries' results in float32; zeros for those not in `some`.
+void end_carried(const Work &work, int64_t row, int64_t count, int64_t V, __mmask16 some, __m512 by,
+                 float *out, int64_t stride) {
+    for (int64_t at = 0; at < V; at += TILE) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < 16; i++)
+            rows[i] = (__m512i)_mm512_maskz_mul_ps(
+                some, by, _mm512_load_ps(work.results_of(row, at / TILE) + i * TILE));
+        amx::transpose(rows);
+        for (int64_t i = 0; i < count; i++)
+            _mm512_mask_storeu_ps(out + i * stride + at, amx::within(V, at), (__m512)rows[i]);
+    }
+}
+
+// The logarithm to base 2 of numbers that are not negative, to 1e-7: the series of (m − 1)/(m + 1).
+__m512 log2(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const __m512 power = _mm512_getexp_ps(x);  // one less where m < 1
+    const __m512 whole =
+        _mm512_mask_add_ps(power, _mm512_cmp_ps_mask(m, one, _CMP_LT_OQ), power, one);
+    const __m512 z = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one));
+    const __m512 square = _mm512_mul_ps(z, z);
+    __m512 sum = _mm512_set1_ps(0.41219858f);  // 2 / (7 ln 2)
+    sum = _mm512_fmadd_ps(sum, square, _mm512_set1_ps(0.57707801f));
+    sum = _mm512_fmadd_ps(sum, square, _mm512_set1_ps(0.96179669f));
+    sum = _mm512_fmadd_ps(sum, square, _mm512_set1_ps(2.88539008f));
+    return _mm512_fmadd_ps(z, sum, whole);
+}
+
+// After the last key, of `count` <= 16 rows.
+void end_rows(const Work &work, int64_t row, int64_t count, int64_t V, void *out, int64_t stride,
+              float *sums, bool carried) {
+    const __m512 total = _mm512_load_ps(work.totals + row);
+    _mm512_mask_storeu_ps(sums, amx::within(count, 0),
+                          _mm512_add_ps(_mm512_load_ps(work.largest + row), log2(total)));
+    const __mmask16 some = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 by = _mm512_maskz_div_ps(some, _mm512_set1_ps(1), total);
+    if (carried) end_carried(work, row, count, V, some, by, static_cast<float *>(out), stride);
+    else amx::write_transposed(work.results_of(row, 0), 2, V, some, by, count,
+                               static_cast<bf16 *>(out), stride);
+}
+
+// What one task does: queries [begin, end) of `heads` heads from `head` on, which share their keys.
+struct Span {
+    int64_t batch, head, heads, begin, end;
+
+    int64_t padded() const { return up(end - begin, GROUP) * GROUP; }  // rows of a head
+
+    template <class Number>
+    Number *at(const View &view, int64_t of_head, int64_t row) const {
+        return static_cast<Number *>(view.at) + batch * view.batch + of_head * view.head +
+               row * view.row;
     }
 };
 
-template <bool Masked>
-inline __m512 score_of(const float *scores, const Look &seen, int64_t query, int64_t tile) {
-    const __m512 score = _mm512_load_ps(scores + tile * SUMS);
-    if (!Masked) return score;
-    return _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), seen.of(query, tile), score);
-}
+// Tasks of a call, and which is which.
+struct Spans {
+    int64_t length, heads, in_head, in_group;
 
-// Scores of 32 queries to weights, against the largest so far; what was summed before is made to fit.
-template <bool Masked>
-void soften(const Work &work, const Look &seen, int64_t first_query, float scale) {
-    const __m512 by = _mm512_set1_ps(scale);
-    for (int64_t query = 0; query < GROUP; query++) {
-        const float *scores = work.scores + query / TILE * COLUMNS * SUMS + query % TILE * TILE;
-        float *total = work.totals + (first_query + query) * TILE;
-        float &largest = work.largest[first_query + query];
-        __m512 most = _mm512_set1_ps(NOTHING), second = most;
-        for (int64_t tile = 2 * seen.first; tile < 2 * seen.last; tile += 2) {
-            most = _mm512_max_ps(most, score_of<Masked>(scores, seen, query, tile));
-            second = _mm512_max_ps(second, score_of<Masked>(scores, seen, query, tile + 1));
-        }
-        const float before = largest, now = _mm512_reduce_max_ps(_mm512_max_ps(most, second)) * scale;
-        __m512 sum = _mm512_load_ps(total);
-        if (now > before) {
-            largest = now;
-            if (before > NOTHING) {
-                const __m512 shrunk = amx::exp2(_mm512_set1_ps(before - now));
-                sum = _mm512_mul_ps(sum, shrunk);
-                float *row = work.results + (first_query + query) / TILE * work.value_tiles * SUMS +
-                             query % TILE * TILE;
-                for (int64_t tile = 0; tile < work.value_tiles; tile++, row += SUMS)
-                    _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), shrunk));
-            }
-        }
-        const __m512 against = _mm512_set1_ps(largest > NOTHING ? largest : 0);
-        bf16 *weights = work.weights + query / TILE * (COLUMNS / 2) * ELEMENTS +
-                        query % TILE * amx::STEP;
-        for (int64_t group = seen.first; group < seen.last; group++) {
-            const __m512 low = amx::exp2(
-                _mm512_fmsub_ps(score_of<Masked>(scores, seen, query, 2 * group), by, against));
-            const __m512 high = amx::exp2(
-                _mm512_fmsub_ps(score_of<Masked>(scores, seen, query, 2 * group + 1), by, against));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-            _mm512_store_si512(weights + group * ELEMENTS, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-        _mm512_store_ps(total, sum);
+    explicit Spans(const Attention &call) : length(SPAN), heads(1), in_head(up(call.T, SPAN)) {
+        const int64_t padded = up(call.T, GROUP) * GROUP, group = call.H / call.K;
+        if (call.B * call.K >= MANY) heads = std::clamp<int64_t>(SPAN / padded, 1, group);
+        in_group = up(group, heads) * in_head;
     }
-}
+    int64_t count(const Attention &call) const { return call.B * call.K * in_group; }
 
-// All queries of the span with the block of keys from `key` on.
-void attend_block(const Work &work, const Sight &sight, int64_t begin, int64_t end, int64_t key,
-                  float scale) {
-    const int64_t steps = work.key_steps;
-    for (int64_t query = begin; query < end; query += GROUP) {
-        Look seen;
-        seen.look(sight, query, key);
-        if (!seen.any()) continue;
-        const int64_t row = (query - begin) / TILE, columns = 2 * (seen.last - seen.first);
-        amx::multiply({work.queries + row * steps * ELEMENTS, steps, 1},
-                      {work.keys + 2 * seen.first * steps * ELEMENTS, steps, 1},
-                      {work.scores + 2 * seen.first * SUMS, COLUMNS, 1}, 2, columns, steps, true);
-        if (seen.all) soften<false>(work, seen, query - begin, scale);
-        else soften<true>(work, seen, query - begin, scale);
-        amx::multiply({work.weights + seen.first * ELEMENTS, COLUMNS / 2, 1},
-                      {work.values + seen.first * 2 * work.value_steps * ELEMENTS, 1,
-                       2 * work.value_steps},
-                      {work.results + row * work.value_tiles * SUMS, work.value_tiles, 1}, 2,
-                      work.value_tiles, seen.last - seen.first, false);
+    // The last of a head first: in the causal case it has most to do.
+    Span of(const Attention &call, int64_t task) const {
+        const int64_t group = call.H / call.K, shared = task / in_group % call.K;
+        const int64_t first = task % in_group / in_head * heads;
+        const int64_t begin = (in_head - 1 - task % in_head) * length;
+        return {task / in_group / call.K, shared * group + first, std::min(heads, group - first),
+                begin, std::min(begin + length, call.T)};
     }
-}
+};
 
-// Before the first key: nothing, or what other keys gave, as if one key had given it.
-void begin_span(const Work &work, int64_t count, int64_t V, const float *carried, int64_t stride,
-                const float *sums) {
-    const int64_t rows = up(count, GROUP) * GROUP;
-    std::memset(work.results, 0, rows * work.value_tiles * TILE * sizeof(float));
-    std::memset(work.totals, 0, rows * TILE * sizeof(float));
-    std::fill_n(work.largest, rows, NOTHING);
-    if (!carried) return;
-    for (int64_t row = 0; row < count; row++) {
-        work.largest[row] = sums[row];
-        work.totals[row * TILE] = sums[row] > NOTHING;
-        for (int64_t tile = 0; tile < work.value_tiles; tile++)
-            _mm512_store_ps(work.results + (row / TILE * work.value_tiles + tile) * SUMS +
-                                row % TILE * TILE,
-                            _mm512_maskz_loadu_ps(amx::within(V, tile * TILE),
-                                                  carried + row * stride + tile * TILE));
-    }
-}
-
-void end_span(const Work &work, int64_t count, int64_t V, void *out, int64_t stride, float *sums,
-              bool carried) {
-    for (int64_t row = 0; row < count; row++) {
-        const float total = _mm512_reduce_add_ps(_mm512_load_ps(work.totals + row * TILE));
-        sums[row] = work.largest[row] + std::log2(total);
-        const __m512 by = _mm512_set1_ps(total == 0 ? 0 : 1 / total);
-        for (int64_t tile = 0; tile < work.value_tiles; tile++) {
-            const __m512 result = _mm512_mul_ps(
-                by, _mm512_load_ps(work.results + (row / TILE * work.value_tiles + tile) * SUMS +
-                                   row % TILE * TILE));
-            const __mmask16 mask = amx::within(V, tile * TILE);
-            const int64_t at = row * stride + tile * TILE;
-            if (carried) _mm512_mask_storeu_ps(static_cast<float *>(out) + at, mask, result);
-            else amx::store_rounded(static_cast<bf16 *>(out) + at, mask, result);
-        }
-    }
+// Tiles of a block's keys and values.
+void lay_block(const Work &work, const Attention &call, const Span &span, int64_t key) {
+    const int64_t keys = std::min(KEYS, call.S - key), tiles = up(keys, GROUP) * 2;
+    const int64_t shared = span.head / (call.H / call.K);
+    amx::pack_left(span.at<bf16>(call.k, shared, key), call.k.row, keys, call.E, tiles, work.keys);
+    amx::pack_left(span.at<bf16>(call.v, shared, key), call.v.row, keys, call.V, tiles, work.laying);
+    amx::transpose_tiles(work.laying, tiles, work.value_steps, {work.values, 1, KEYS / GROUP});
 }
 
 }  // namespace
 
 void amx_attend(const Attention &call, const View &out, float *sums, bool carried) {
-    const int64_t spans = up(call.T, SPAN);
-    const float scale = call.scale * 1.44269504f;  // to base 2
-    parallel(call.B * call.H * spans, call.tasks_bytes(), [&](int64_t task) {
-        // The last span first: in the causal case it has most to do.
-        const int64_t batch = task / spans / call.H, head = task / spans % call.H;
-        const int64_t begin = (spans - 1 - task % spans) * SPAN;
-        const int64_t end = std::min(begin + SPAN, call.T), count = end - begin;
-        const auto rows_of = [&](const View &view, int64_t of_head, int64_t row) {
-            return static_cast<bf16 *>(view.at) + batch * view.batch + of_head * view.head +
-                   row * view.row;
+    const Spans spans(call);
+    const __m512 scale = _mm512_set1_ps(call.scale * 1.44269504f);  // to base 2
+    parallel(spans.count(call), call.tasks_bytes(), [&](int64_t task) {
+        const Span span = spans.of(call, task);
+        const int64_t padded = span.padded(), count = span.end - span.begin;
+        const Sight sight(call, span.batch);
+        const Work work(call, span.heads * padded);
+        const auto each_16 = [&](int64_t head, int64_t first, int64_t many, auto use) {
+            for (int64_t row = first; row < std::min(first + many, count); row += TILE) {
+                const int64_t query = span.begin + row;
+                float *const own = sums + (span.batch * call.H + span.head + head) * call.T + query;
+                void *const to = carried ? (void *)span.at<float>(out, span.head + head, query)
+                                         : span.at<bf16>(out, span.head + head, query);
+                use(head * padded + row, std::min<int64_t>(TILE, count - row), to, own);
+            }
         };
-        const int64_t shared = head / (call.H / call.K);
-        const Sight sight(call, batch);
-        const Work work(call, count);
-        float *const own_sums = sums + (batch * call.H + head) * call.T + begin;
-        const int64_t at = batch * out.batch + head * out.head + begin * out.row;
-        void *const own_out = static_cast<uint8_t *>(out.at) + at * (carried ? 4 : 2);
-        begin_span(work, count, call.V, carried ? static_cast<float *>(own_out) : nullptr, out.row,
-                   own_sums);
-        amx::pack_left(rows_of(call.q, head, begin), call.q.row, count, call.E,
-                       up(count, GROUP) * 2, work.queries);
-        const amx::Tiles tiles;
-        for (int64_t key = 0; key < sight.end(end - 1); key += KEYS) {
-            const int64_t keys = std::min(KEYS, call.S - key), key_tiles = up(keys, GROUP) * 2;
-            amx::pack_left(rows_of(call.k, shared, key), call.k.row, keys, call.E, key_tiles,
-                           work.keys);
-            amx::turn(work.keys, key_tiles * work.key_steps, work.keys);
-            amx::pack_left(rows_of(call.v, shared, key), call.v.row, keys, call.V, key_tiles,
-                           work.laying);
-            amx::weave_tiles(work.laying, key_tiles, work.value_steps,
-                             {work.values, 2 * work.value_steps, 1});
-            attend_block(work, sight, begin, end, key, scale);
+        for (int64_t head = 0; head < span.heads; head++) {
+            amx::pack_turned(span.at<bf16>(call.q, span.head + head, span.begin), call.q.row, count,
+                             call.E, padded / TILE,
+                             work.queries + head * padded * work.key_steps * amx::STEP);
+            if (carried)
+                each_16(head, 0, count, [&](int64_t row, int64_t rows, void *from, float *own) {
+                    begin_carried(work, row, rows, call.V, static_cast<float *>(from), out.row, own);
+                });
         }
-        end_span(work, count, call.V, own_out, out.row, own_sums, carried);
+        const amx::Tiles tiles;
+        int64_t key = 0;
+        const int64_t last = sight.end(span.end - 1);
+        do {
+            lay_block(work, call, span, key);
+            for (int64_t row = 0; row < padded; row += GROUP) {
+                Look seen;
+                seen.look(sight, span.begin + row, key);
+                for (int64_t head = 0; head < span.heads; head++) {
+                    if (!carried && key == 0)  // their results', to come while they are made
+                        amx::call_for(span.at<bf16>(out, span.head + head, span.begin + row),
+                                      out.row, std::min(GROUP, count - row), call.V);
+                    if (seen.any()) attend_block(work, seen, head * padded + row, scale);
+                }
+            }
+            key += KEYS;
+        } while (key < last);
+        for (int64_t head = 0; head < span.heads; head++)
+            each_16(head, 0, count, [&](int64_t row, int64_t rows, void *to, float *own) {
+                end_rows(work, row, rows, call.V, to, out.row, own, carried);
+            });
     });
 }
 TARGET_END

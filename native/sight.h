@@ -26,46 +26,53 @@ struct Sight {
     }
 };
 
-// A bit for each query and key, `Words` · 64 keys wide; groups of keys [first, last) have any.
-template <int Words>
+// Of 32 queries and `Groups` · 32 keys: a bit for each query and key. Groups [first, last) have any;
+// of those that every query sees in `full`, no bits are kept.
+template <int Groups>
 struct Seen {
-    uint64_t bits[GROUP][Words];
+    alignas(64) uint32_t bits[Groups][GROUP];
+    bool full[Groups];
     int64_t first, last;
-    bool all;  // of these groups' keys, by every query
 
     bool any() const { return first < last; }
-    __mmask16 of(int64_t query, int64_t tile) const {
-        return static_cast<__mmask16>(bits[query][tile / 4] >> tile % 4 * 16);
+
+    // Queries from `query` on and keys from `key` on; bits of keys that do not exist are 0.
+    void look(const Sight &sight, int64_t query, int64_t key) {
+        if (sight.mask) return read(sight, query, key);
+        const int64_t least = sight.end(query) - key;  // keys that the first of them sees
+        const int64_t most = sight.end(std::min(query + GROUP, sight.queries) - 1) - key;
+        first = 0, last = std::clamp<int64_t>((most + GROUP - 1) / GROUP, 0, Groups);
+        for (int64_t group = 0; group < last; group++) {
+            full[group] = least >= (group + 1) * GROUP;
+            for (int64_t row = 0; !full[group] && row < GROUP; row++)
+                bits[group][row] = lowest(sight.end(query + row) - key - group * GROUP);
+        }
     }
 
-    // Queries from `query` on and keys from `key` on; bits of what does not exist are 0.
-    void look(const Sight &sight, int64_t query, int64_t key) {
-        const int64_t last_query = std::min(query + GROUP, sight.queries) - 1;
-        all = !sight.mask && sight.end(query) >= key + Words * 64;
-        first = 0, last = Words * 2;
-        if (all) return;
-        uint64_t either[Words] = {}, both[Words];
-        for (int word = 0; word < Words; word++) both[word] = ~uint64_t(0);
-        for (int64_t row = 0; row < GROUP; row++)
-            for (int64_t word = 0; word < Words; word++) {
-                const int64_t from = key + word * 64;
-                const int64_t left = row + query > last_query ? 0 : sight.end(query + row) - from;
-                uint64_t seen = left >= 64 ? ~uint64_t(0) : left <= 0 ? 0 : (uint64_t(1) << left) - 1;
-                if (sight.mask && seen) {
-                    const uint8_t *at = sight.mask + (query + row) * sight.stride + from;
-                    const __m512i bytes = _mm512_maskz_loadu_epi8(seen, at);
-                    seen = _mm512_test_epi8_mask(bytes, bytes);
+  private:
+    static uint32_t lowest(int64_t count) {
+        return count >= 32 ? ~uint32_t(0) : count <= 0 ? 0 : (uint32_t(1) << count) - 1;
+    }
+
+    void read(const Sight &sight, int64_t query, int64_t key) {
+        const int64_t rows = std::min<int64_t>(GROUP, sight.queries - query);
+        first = Groups, last = 0;
+        for (int64_t group = 0; group < Groups; group++) {
+            const int64_t from = key + group * GROUP;
+            const uint32_t within = lowest(sight.keys - from);
+            uint32_t either = 0, both = ~uint32_t(0);
+            for (int64_t row = 0; row < GROUP; row++) {
+                uint32_t seen = row < rows ? within : 0;
+                if (seen) {
+                    const __m256i bytes = _mm256_maskz_loadu_epi8(
+                        seen, sight.mask + (query + row) * sight.stride + from);
+                    seen = _mm256_test_epi8_mask(bytes, bytes);
                 }
-                bits[row][word] = seen, either[word] |= seen, both[word] &= seen;
+                bits[group][row] = seen, either |= seen, both &= seen;
             }
-        const auto dark = [&](int64_t group) {
-            return !static_cast<uint32_t>(either[group / 2] >> group % 2 * 32);
-        };
-        while (last > 0 && dark(last - 1)) last--;
-        while (first < last && dark(first)) first++;
-        all = true;
-        for (int64_t group = first; group < last; group++)
-            all &= static_cast<uint32_t>(both[group / 2] >> group % 2 * 32) == 0xffffffff;
+            full[group] = both == ~uint32_t(0);
+            if (either) first = std::min(first, group), last = group + 1;
+        }
     }
 };
 
