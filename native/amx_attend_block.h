@@ -39,10 +39,7 @@ struct Work {
         : key_steps(up(call.E, amx::STEP)), value_steps(up(call.V, amx::STEP)),
           value_tiles(up(call.V, TILE)) {
         thread_local Scratch scratch;
-        Room counted;
-        lay(counted, rows);
-        Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
-        lay(room, rows);
+        lay_out(scratch, [&](Room &room) { lay(room, rows); });
         std::memset(totals, 0, rows * sizeof(float));
         std::fill_n(largest, rows, NOTHING);
     }

@@ -39,10 +39,7 @@ struct Work {
           rows(up(std::min(call.T, SPAN), GROUP) * GROUP) {
         thread_local Scratch scratch;
         const int64_t tiles = up(call.S, GROUP) * 2;
-        Room counted;
-        lay(counted, tiles);
-        Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
-        lay(room, tiles);
+        lay_out(scratch, [&](Room &room) { lay(room, tiles); });
         std::memset(grad_keys, 0, tiles * key_tiles * SUMS * sizeof(float));
         std::memset(grad_values, 0, tiles * value_tiles * SUMS * sizeof(float));
     }

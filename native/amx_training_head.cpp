@@ -72,10 +72,7 @@ struct Block {
         : work(work), first(block * BLOCK_ROWS), count(std::min(BLOCK_ROWS, work.call.M - first)),
           d_steps(work.d_steps), d_tiles(2 * d_steps) {
         thread_local Scratch scratch;
-        Room counted;
-        lay(counted);
-        Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
-        lay(room);
+        lay_out(scratch, [&](Room &room) { lay(room); });
         pack_rows({work.call.x, work.call.x_kind, work.call.D}, first, count, work.call.D, tiles(), x);
         std::memset(products, 0, tiles() * d_tiles * SUMS * sizeof(float));
         std::memset(totals, 0, BLOCK_ROWS * TILE * sizeof(float));
@@ -217,10 +214,7 @@ struct Slice {
           columns(std::min(work.slice, call.W - column)), d_steps(amx::up(call.D, STEP)),
           squares(amx::up(columns, PAIR)) {
         thread_local Scratch scratch;
-        Room counted;
-        lay(counted);
-        Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
-        lay(room);
+        lay_out(scratch, [&](Room &room) { lay(room); });
         pack_rows({call.head, call.head_kind, call.D}, column, columns, call.D, 2 * squares, turned);
         turn(turned, 2 * squares * d_steps, turned);
     }

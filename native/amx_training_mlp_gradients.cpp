@@ -73,10 +73,7 @@ struct Slice {
           F(std::min(work.slice, call.F - first_column)), d_steps(amx::up(call.D, STEP)),
           f_steps(amx::up(F, STEP)) {
         thread_local Scratch scratch;
-        Room counted;
-        lay(counted);
-        Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
-        lay(room);
+        lay_out(scratch, [&](Room &room) { lay(room); });
     }
 
     void lay(Room &room) {

@@ -49,3 +49,11 @@ struct Room {
         return part;
     }
 };
+
+// Gives `lay` a room of the size that it takes.
+template <class Lay> void lay_out(Scratch &scratch, Lay lay) {
+    Room counted;
+    lay(counted);
+    Room room{reinterpret_cast<uintptr_t>(scratch.room<uint8_t>(counted.used))};
+    lay(room);
+}
