@@ -2,12 +2,12 @@
 
 The steps are those of training (``SupervisedSteps``), on random tokens. Each module of a part is
 timed by hooks where its forward and its backward pass begin and end; on a CPU these run one after
-the other, so what is between them is the part's own. The losses make their gradients in the forward
-pass and are no module: they have what the model's blocks leave of it. The sums of the residual
-stream, and of its gradients, are done by the norms. What no part claims is "rest": embedding, other
-gradients that are added up, what is counted for the log. The arithmetic of a part is counted from
-its shapes, as model/cost.py counts it; its rate stands beside that of a large matrix product,
-measured in the same minute.
+the other, so what is between them is the part's own. The head's losses are no module: forward they
+have what the model's blocks leave of the pass, backward what their own nodes of the graph take. The
+sums of the residual stream, and of its gradients, are done by the norms. What no part claims is
+"rest": embedding, other gradients that are added up, what is counted for the log. The arithmetic
+of a part is counted from its shapes, as model/cost.py counts it; its rate stands beside that of a
+large matrix product, measured in the same minute.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qiusuo.model.moe import Experts, Router
 from qiusuo.model.transformer import Transformer
 from qiusuo.training.beginning import random_model
 from qiusuo.training.hardware import keep_freed_memory
+from qiusuo.training.losses import Losses
 from qiusuo.training.optimizers import build_optimizers
 from qiusuo.training.parallel.limits import check_shared
 from qiusuo.training.parallel.world import ALONE, World
@@ -192,9 +193,9 @@ def _parts(timed: list[Seconds], flops: dict[str, float]) -> list[PartTime]:
     """Medians; what the blocks and the clock leave of a pass is the head's and the rest's."""
     found = []
     for one in timed:
-        known = {key: seconds for key, seconds in one.items() if key[0] in (*PARTS, OPTIMIZER)}
+        known = {key: took for key, took in one.items() if key[0] in (*PARTS, HEAD, OPTIMIZER)}
         inside = sum(known[part, "forward"] for part in PARTS if (part, "forward") in known)
-        behind = sum(known[part, "backward"] for part in PARTS if (part, "backward") in known)
+        behind = sum(took for (_, direction), took in known.items() if direction == "backward")
         known[HEAD, "forward"] = one[FORWARD, "forward"] - one[BLOCKS, "forward"]
         known[REST, "forward"] = one[BLOCKS, "forward"] - inside
         passes = one[STEP, "forward"] - one[OPTIMIZER, "forward"]
@@ -267,6 +268,7 @@ def _hooks(work: SupervisedSteps, clock: _Clock) -> Iterator[None]:
     before = [(owner, vars(owner).get(name)) for owner, name, _ in timed]
     for owner, name, part in timed:
         vars(owner)[name] = _timed(getattr(owner, name), clock, part)
+    vars(work)["forward"] = _losses_timed(work.forward, clock)
     try:
         yield
     finally:
@@ -285,6 +287,20 @@ def _timed(function: Callable[..., Any], clock: _Clock, part: str) -> Callable[.
         result = function(*given)
         clock.stop(part, "forward")
         return result
+
+    return run
+
+
+def _losses_timed(forward: Callable[..., Losses], clock: _Clock) -> Callable[..., Losses]:
+    """The passes, whose losses tell the clock when their own part of the backward pass runs."""
+
+    def run(*given: Any) -> Losses:
+        losses = forward(*given)
+        for loss in (losses.main, *losses.mtp):
+            if loss.grad_fn is not None:
+                loss.grad_fn.register_prehook(_told(clock.start, HEAD, "backward"))
+                loss.grad_fn.register_hook(_told(clock.stop, HEAD, "backward"))
+        return losses
 
     return run
 
