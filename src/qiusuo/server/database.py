@@ -151,8 +151,10 @@ class Database:
     def _set_up(self) -> None:
         """Refuse another program's file, and turn on the write-ahead log."""
         try:
+            self._writer.execute("BEGIN")  # another server may be making it: both before, or after
             mark = self._writer.execute("PRAGMA application_id").fetchone()[0]
             empty = self._writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+            self._writer.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise DatabaseError(f"{self.path} is no usable SQLite database: {error}") from error
         if mark != APPLICATION and not empty:

@@ -329,6 +329,7 @@ def test_a_tool_is_called_and_answered(server, visit):
     page.fill(".settings textarea.mono", json.dumps([WEATHER]))
     page.keyboard.press("Escape")
     ask(page, PARIS)
+    whole(page)
     page.fill(".call form input", "sunny")
     assert '"city": "Paris"' in page.inner_text(".call pre")
     page.keyboard.press("Enter")

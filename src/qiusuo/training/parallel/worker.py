@@ -35,7 +35,11 @@ def be_worker() -> None:
     work: Callable[..., int]
     sys.path, rest = pickle.loads(given)  # else it might not find the work
     work, arguments = pickle.loads(rest)
-    sys.exit(_answer(work, arguments))
+    code = _answer(work, arguments)
+    if code == BEREFT:  # threads still wait in what failed, and C++ ends whoever tears them down
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _end_with_launcher() -> None:
