@@ -97,6 +97,7 @@ void amx_attend_backward(const Attention &call, const View &out, const float *su
         const Work work(call);
         const amx::Tiles tiles;
         const int64_t spans = group * up(call.T, SPAN);
+        bool laid = false;  // all keys, where one block holds them
         for (int64_t span = 0; span < spans; span++) {
             const int64_t head = shared * group + span % group, begin = span / group * SPAN;
             const int64_t end = std::min(begin + SPAN, call.T), count = end - begin;
@@ -112,13 +113,14 @@ void amx_attend_backward(const Attention &call, const View &out, const float *su
                 std::memset(work.grad_queries, 0, padded * work.key_tiles * TILE * sizeof(float));
             for (int64_t key = 0; key < seen; key += KEYS) {
                 const int64_t keys = std::min(KEYS, call.S - key), key_tiles = up(keys, GROUP) * 2;
-                if (span == 0 || call.S > KEYS) {  // else they are laid out already
+                if (!laid) {
                     amx::pack_left(rows_of(call.k, shared, key), call.k.row, keys, call.E,
                                    key_tiles, work.keys);
                     amx::transpose_tiles(work.keys, key_tiles, work.key_steps,
                                          {work.keys_transposed, 1, GROUPS});
                     amx::pack_left(rows_of(call.v, shared, key), call.v.row, keys, call.V,
                                    key_tiles, work.values);
+                    laid = call.S <= KEYS;
                 }
                 for (int64_t row = 0; row < padded; row += QUERIES)
                     Block(work, sight, row, begin + row, std::min(QUERIES, padded - row) / GROUP,

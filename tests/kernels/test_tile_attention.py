@@ -101,6 +101,17 @@ def test_more_queries_than_keys_see_nothing_at_first():
     assert not attention(*tensors, 0.2)[:, :, :30].any()
 
 
+def test_a_whole_span_of_queries_that_see_nothing():
+    """Keys are laid out for those that come after it."""
+    tensors = qkv(1, (2, 2), 700, 100, (48, 32))
+    expected = value_and_grads(
+        lambda q, k, v: equation(q, k, v, 0.2, None), *(x.double() for x in tensors)
+    )
+    got = value_and_grads(lambda q, k, v: attention(q, k, v, 0.2, None), *tensors)
+    for name, e, g in zip(NAMES, expected, got, strict=True):
+        assert (g.double() - e).norm() <= STEP * e.norm(), name
+
+
 @pytest.mark.parametrize("length", [2, 17, 129, 257, 600])
 def test_documents(length):
     """Each sees itself alone; those of a batch are cut elsewhere."""
